@@ -1,0 +1,1 @@
+"""Composition of stages into runs. Ray is imported in `ray_bridge` and nowhere else here."""

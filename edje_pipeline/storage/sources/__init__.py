@@ -1,0 +1,1 @@
+"""Where images come from; every kind lists once and reads by location."""
