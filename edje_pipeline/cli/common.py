@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 import typer
 
+from edje_pipeline.config import read_config_table
 from edje_pipeline.errors import ConfigError, EdjeError
 
 P = ParamSpec("P")
@@ -53,9 +54,41 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress, only the result.", rich_help_panel="Output")
 ]
+
+
+def _apply_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Fills the command's defaults from its table of the TOML file, before other options are parsed."""
+    if path is None or context.resilient_parsing:
+        return path
+    parent = context.parent
+    group = parent.command if parent is not None else context.command
+    commands = list(getattr(group, "commands", {}))
+    names = {
+        (param.opts[0].lstrip("-") if param.param_type_name == "option" else str(param.name)).replace("_", "-"): str(
+            param.name
+        )
+        for param in context.command.params
+        if param.name != "config"
+    }
+    try:
+        values = read_config_table(path, context.info_name or "", options=names, commands=commands)
+    except ConfigError as error:
+        _fail(str(error), error, as_json=False, debug=False)
+        raise typer.Exit(EXIT_USAGE) from None
+    context.default_map = {**(context.default_map or {}), **{names[key]: value for key, value in values.items()}}
+    return path
+
+
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", help="Read options from a TOML file; the command line wins.", rich_help_panel="Output"),
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Read options from the command's table of a TOML file; the command line wins.",
+        rich_help_panel="Output",
+        callback=_apply_config,
+        is_eager=True,
+    ),
 ]
 IndexArgument = Annotated[str, typer.Argument(metavar="INDEX", help="Directory or URI of the index.")]
 IndexOption = Annotated[str, typer.Option("--index", help="Directory or URI of the index.")]
