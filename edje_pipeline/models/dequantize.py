@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edje_pipeline.errors import CodecError
-from edje_pipeline.storage.codecs import Codec, Float16Codec
+from edje_pipeline.storage.codecs import Codec, Float16Codec, Int4Codec, Int8Codec
 
 
 class Dequantizer(nn.Module):
@@ -43,6 +43,39 @@ class Float16Dequantizer(Dequantizer):
         return payload_np.view(torch.float16).reshape(-1, self.num_tokens, self.dim).to(self.dtype)
 
 
+class ScaledDequantizer(Dequantizer):
+    """Codes times scales; the product is made in float32, as in numpy, and rounded last."""
+
+    def __init__(self, codec: Int8Codec | Int4Codec, dtype: torch.dtype) -> None:
+        super().__init__(codec, dtype)
+        self.code_bytes = codec.code_bytes
+
+    def decode(self, payload_np: Tensor) -> Tensor:
+        split = self.num_tokens * self.code_bytes
+        packed_nmc = payload_np[:, :split].reshape(-1, self.num_tokens, self.code_bytes)
+        scales_nm = payload_np[:, split:].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+        return (self.unpack(packed_nmc).float() * scales_nm[..., None]).to(self.dtype)
+
+    def unpack(self, packed_nmc: Tensor) -> Tensor:
+        """Bytes to signed codes (n, M, E)."""
+        raise NotImplementedError
+
+
+class Int8Dequantizer(ScaledDequantizer):
+    """One code a byte."""
+
+    def unpack(self, packed_nmc: Tensor) -> Tensor:
+        return packed_nmc.view(torch.int8)
+
+
+class Int4Dequantizer(ScaledDequantizer):
+    """Two codes a byte, the low nibble first."""
+
+    def unpack(self, packed_nmc: Tensor) -> Tensor:
+        nibbles = torch.stack([packed_nmc & 0x0F, packed_nmc >> 4], dim=-1).flatten(-2)
+        return nibbles[..., : self.dim].to(torch.int8) - 8
+
+
 def dequantizer(codec: Codec, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32) -> Dequantizer:
     """The torch module that decodes payloads of `codec` on `device`.
 
@@ -51,4 +84,8 @@ def dequantizer(codec: Codec, device: torch.device | str = "cpu", *, dtype: torc
     """
     if isinstance(codec, Float16Codec):
         return Float16Dequantizer(codec, dtype).to(device)
+    if isinstance(codec, Int8Codec):
+        return Int8Dequantizer(codec, dtype).to(device)
+    if isinstance(codec, Int4Codec):
+        return Int4Dequantizer(codec, dtype).to(device)
     raise CodecError(f"codec {codec.name} has no torch dequantizer")

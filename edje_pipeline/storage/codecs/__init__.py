@@ -7,6 +7,7 @@ from edje_pipeline.storage.codecs.checks import non_finite_rows
 from edje_pipeline.storage.codecs.codebook import Codebook
 from edje_pipeline.storage.codecs.codebook_io import load_codec, read_codec_file, save_codec
 from edje_pipeline.storage.codecs.float16 import Float16Codec
+from edje_pipeline.storage.codecs.integer import Int4Codec, Int8Codec
 from edje_pipeline.storage.codecs.registry import VARIANTS, Variant, needs_codebook, resolve
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Codebook",
     "Codec",
     "Float16Codec",
+    "Int4Codec",
+    "Int8Codec",
     "Variant",
     "load_codec",
     "needs_codebook",

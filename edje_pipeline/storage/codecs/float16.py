@@ -42,7 +42,7 @@ class Float16Codec:
 
     def encode(self, tokens: np.ndarray) -> np.ndarray:
         values = checked_tokens(tokens, name=self.name, num_tokens=self.num_tokens, dim=self.dim, limit=MAX_MAGNITUDE)
-        return values.astype("<f2").reshape(len(values), -1).view(np.uint8)
+        return values.astype("<f2").reshape(len(values), self.num_tokens * self.dim).view(np.uint8)
 
     def decode(self, payload: np.ndarray) -> np.ndarray:
         payload = checked_payload(payload, name=self.name, payload_bytes=self.payload_bytes)

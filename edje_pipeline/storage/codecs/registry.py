@@ -11,8 +11,13 @@ from edje_pipeline.errors import CodecError
 from edje_pipeline.storage.codecs.base import Codec
 from edje_pipeline.storage.codecs.codebook import Codebook
 from edje_pipeline.storage.codecs.float16 import Float16Codec
+from edje_pipeline.storage.codecs.integer import Int4Codec, Int8Codec
 
-_PLAIN = {"float16": Float16Codec}
+_PLAIN: dict[str, type[Float16Codec | Int8Codec | Int4Codec]] = {
+    "float16": Float16Codec,
+    "int8": Int8Codec,
+    "int4": Int4Codec,
+}
 _TRAINED = re.compile(r"(pq|opq|rq)([1-9][0-9]{0,3})")
 
 
