@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edje_pipeline.errors import ConfigError, ModelError, ShapeMismatchError
-from edje_pipeline.models.families import EMBEDDING_KINDS, TOKEN_LAYERS, EmbeddingKind, TokenLayer
+from edje_pipeline.models.families import EMBEDDING_KINDS, FAMILIES, TOKEN_LAYERS, EmbeddingKind, TokenLayer
 from edje_pipeline.models.spec import BackboneSpec, PreprocessSpec
 from edje_pipeline.models.tensor_files import load_exactly, read_tensors
 
+KINDS = ("timm", "open_clip", "hf")
 IMAGE_NDIM = 4
 TRUNK_PREFIX = "trunk."
 """A weights file whose names start with this was written from a Backbone; others come from the trunk's library."""
@@ -235,20 +236,49 @@ def _check_choices(options: dict[str, Any]) -> None:
 
 
 def _plan(kind: str, name: str, options: dict[str, Any]) -> TrunkPlan:
+    """Imports the library of one kind only: timm is needed by all, open_clip by few."""
     if kind == "timm":
         from edje_pipeline.models import timm_backbone
 
         return timm_backbone.plan(name, options)
-    raise ConfigError(f"backbone kind {kind!r} is not known; expected timm")
+    if kind == "open_clip":
+        from edje_pipeline.models import open_clip_backbone
+
+        return open_clip_backbone.plan(name, options)
+    if kind == "hf":
+        return _plan_hf(name, options)
+    raise ConfigError(f"backbone kind {kind!r} is not known; expected one of {', '.join(KINDS)}")
+
+
+def _plan_hf(family: str, options: dict[str, Any]) -> TrunkPlan:
+    from edje_pipeline.models.preprocess import FAMILY_DEFAULTS
+
+    if family not in FAMILY_DEFAULTS or "image_size" not in options:
+        raise ConfigError(
+            f"hf:{family} needs a family of {', '.join(FAMILY_DEFAULTS)} and its sizes as options; "
+            f"for a directory or a hub id use edje_pipeline.models.assemble.load_pretrained"
+        )
+    chosen = FAMILIES[family]
+    resolved = {"tokens": chosen.hidden_layer, "embedding": chosen.embedding, **options}
+    return TrunkPlan(FAMILY_DEFAULTS[family].at_size(int(options["image_size"])), resolved)
 
 
 def _build_trunk(spec: BackboneSpec) -> nn.Module:
     kind, name, _ = parse_source(spec.source)
+    options = _requested_options(spec)
     if kind == "timm":
         from edje_pipeline.models import timm_backbone
 
-        return timm_backbone.TimmTrunk(name, _requested_options(spec))
-    raise ModelError(f"backbone kind {kind!r} is not known; expected timm")
+        return timm_backbone.TimmTrunk(name, options)
+    if kind == "open_clip":
+        from edje_pipeline.models import open_clip_backbone
+
+        return open_clip_backbone.OpenClipTrunk(name, options)
+    if kind == "hf":
+        from edje_pipeline.models.hf_weights.trunk import HfTrunk
+
+        return HfTrunk(name, options)
+    raise ModelError(f"backbone kind {kind!r} in a model's config is not known; expected one of {', '.join(KINDS)}")
 
 
 __all__ = [

@@ -34,8 +34,8 @@ def heads_for(width: int) -> int:
 
 def last_num_heads(model: nn.Module) -> int:
     """Heads of the last attention layer, 0 without attention; hierarchical models widen towards the end."""
-    counts = [module.num_heads for module in model.modules() if isinstance(getattr(module, "num_heads", None), int)]
-    return int(counts[-1]) if counts else 0
+    counts = [getattr(module, "num_heads", None) for module in model.modules()]
+    return next((count for count in reversed(counts) if isinstance(count, int)), 0)
 
 
 def plan(name: str, options: dict[str, Any]) -> TrunkPlan:
