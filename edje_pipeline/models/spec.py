@@ -27,13 +27,17 @@ class PreprocessSpec:
     image_size: tuple[int, int]
     """(height, width) of the backbone's input, pixels."""
     resize_mode: Literal["squash", "shortest", "longest"] = "squash"
-    """squash: both sides to image_size. shortest: short side to round(size / crop_pct), then centre crop.
-    longest: long side to image_size, then pad with `fill`."""
+    """With scale size = floor(image_size / crop_pct): squash resizes both sides to it; shortest the short side;
+    longest the long side. Then a centre crop to image_size, padded with `fill` (longest) or black where smaller."""
     crop_pct: float = 1.0
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    fill: int = 0
+    fill: int | tuple[int, int, int] = 0
+    """Padding of `longest`: one grey value or RGB (timm pads with its mean, open_clip with a grey value)."""
+    rgb_conversion: Literal["first", "last"] = "first"
+    """When the image becomes RGB: "first" (timm's datasets, transformers), or "last", after resize and crop,
+    as open_clip's transform does; they differ for palette, alpha, CMYK and 16-bit images."""
 
     @property
     def pixel_bytes(self) -> int:

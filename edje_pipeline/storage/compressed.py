@@ -1,0 +1,116 @@
+"""Text files, plain or as .gz or .zst, read in bounded memory.
+
+A compressed file of a few kilobytes can stand for terabytes of nothing. Lines are capped, and a
+stream that grows beyond a size and a ratio which no real list reaches is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+import zstandard
+
+from edje_pipeline.errors import InputFileError
+from edje_pipeline.storage import files
+
+MAX_LINE_BYTES = 16 << 20
+BOMB_BYTES = 256 << 20
+BOMB_RATIO = 400
+"""Refused above BOMB_BYTES of output from less than a BOMB_RATIO-th of input: lists of paths reach 50."""
+
+
+class _GuardedReader(io.RawIOBase):
+    """Counts what a decompressor gives out against what the file holds."""
+
+    def __init__(self, stream: IO[bytes] | Any, compressed_bytes: int, name: str) -> None:
+        super().__init__()
+        self._stream = stream
+        self._limit = max(BOMB_BYTES, compressed_bytes * BOMB_RATIO)
+        self._given = 0
+        self._name = name
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise InputFileError(f"{self._name} cannot be decompressed: {error}; write it again") from error
+        self._given += len(data)
+        if self._given > self._limit:
+            raise InputFileError(
+                f"{self._name} unpacks to more than {self._limit:,} bytes, over {BOMB_RATIO} times its size; "
+                "this looks like a decompression bomb. Unpack it yourself if it is meant"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def plain_name(name: str) -> str:
+    """The name without a .gz or .zst at its end, lower case."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst")
+
+
+@contextlib.contextmanager
+def open_text_bytes(uri: str) -> Iterator[IO[bytes]]:
+    """The decompressed bytes of a local or remote file as a stream; the suffix names the compression.
+
+    Raises:
+        InputFileError: the file is absent, damaged, or unpacks without end.
+    """
+    lower = uri.lower()
+    try:
+        size = files.file_size(uri)
+        with files.open_binary(uri) as raw:
+            if lower.endswith(".gz"):
+                inner: Any = gzip.GzipFile(fileobj=raw, mode="rb")
+            elif lower.endswith(".zst"):
+                inner = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
+            else:
+                inner = None
+            if inner is None:
+                yield io.BufferedReader(raw, 1 << 20) if isinstance(raw, io.RawIOBase) else raw
+            else:
+                with io.BufferedReader(_GuardedReader(inner, size, files.shown(uri)), 1 << 20) as stream:
+                    yield stream
+    except FileNotFoundError as error:
+        raise InputFileError(f"{files.shown(uri)} does not exist") from error
+    except IsADirectoryError as error:
+        raise InputFileError(f"{files.shown(uri)} is a directory, expected a file") from error
+
+
+def iter_lines(stream: IO[bytes] | Any, name: str) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line without its end); a leading byte order mark is dropped.
+
+    Raises:
+        InputFileError: a line longer than MAX_LINE_BYTES.
+    """
+    number = 0
+    rest = b""
+    while chunk := stream.read(1 << 20):
+        lines = (rest + bytes(chunk)).split(b"\n")
+        rest = lines.pop()
+        for line in lines:
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise InputFileError(_too_long(name, number))
+            yield number, _clean(line, number)
+        if len(rest) > MAX_LINE_BYTES:
+            raise InputFileError(_too_long(name, number + 1))
+    if rest:
+        yield number + 1, _clean(rest, number + 1)
+
+
+def _clean(line: bytes, number: int) -> bytes:
+    line = line.removesuffix(b"\r")
+    return line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def _too_long(name: str, number: int) -> str:
+    return f"{name} line {number:,} is longer than {MAX_LINE_BYTES:,} bytes; expected one record a line"
