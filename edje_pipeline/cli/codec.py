@@ -22,11 +22,11 @@ def train_codec(
     ] = None,
     num_images: Annotated[
         int | None,
-        typer.Option("--num-images", min=1, help="Images in the sample.", show_default="about 131,072 tokens"),
+        typer.Option("--num-images", min=1, help="Images in the sample.", show_default="by token count"),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sample and of k-means.")] = 0,
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,
+    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
 ) -> None:
     """Train the codebook of a product quantizer on the tokens of an index.
 

@@ -40,7 +40,7 @@ VARIANTS: MappingProxyType[str, Variant] = MappingProxyType(
         "49kb": Variant(64, "compressed", "float16"),
         "int8": Variant(64, "compressed", "int8"),
         "int4": Variant(64, "compressed", "int4"),
-        "1kb": Variant(64, "compressed", "pq16"),
+        "1kb": Variant(64, "compressed", "opq16"),
         "raw": Variant(None, None, "float16"),
     }
 )
