@@ -53,7 +53,8 @@ class LatentAttention(nn.Module):
         return mixed
 
     def _heads(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        batch, length, width = tensor.shape
+        return tensor.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
 
 
 class TokenAdapter(nn.Module):

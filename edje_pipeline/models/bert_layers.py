@@ -52,7 +52,8 @@ class BertLayer(nn.Module):
 
     def _heads(self, tensor_bse: Tensor) -> Tensor:
         """(B, S, E) -> (B, H, S, E/H), a view."""
-        return tensor_bse.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        batch, length, width = tensor_bse.shape
+        return tensor_bse.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask_bs: Tensor | None) -> Tensor:
         mask = None if key_mask_bs is None else key_mask_bs[:, None, None, :]

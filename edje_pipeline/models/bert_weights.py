@@ -55,7 +55,8 @@ def from_hf_names(
     if missing:
         more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
         raise ModelError(
-            f"{where}: {len(missing)} of {len(wanted)} BERT tensors are missing: {', '.join(missing[:MAX_LISTED])}{more}"
+            f"{where}: {len(missing)} of {len(wanted)} BERT tensors are missing: "
+            f"{', '.join(missing[:MAX_LISTED])}{more}"
         )
     ours = {own: tensors[theirs] for theirs, own in EMBEDDING_NAMES.items()}
     for number in range(num_layers):

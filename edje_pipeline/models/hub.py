@@ -68,7 +68,6 @@ def snapshot(repo: str, revision: str | None = None, *, patterns: tuple[str, ...
         ModelNotFoundError: no such repository or revision, or it is not in the cache and the Hub is off.
         ModelError: the Hub could not be reached or refused.
     """
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -94,7 +93,8 @@ def snapshot(repo: str, revision: str | None = None, *, patterns: tuple[str, ...
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         off = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         raise ModelNotFoundError(f"{name} is not in the local cache and {off}; {offline_advice}") from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, httpx.HTTPError, OSError) as error:
+    # errors.HTTPError is that of the HTTP library which the installed version uses; there have been three.
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.HTTPError, OSError) as error:
         raise ModelError(
             f"{name} could not be fetched: {_first_line(error)}; try again, or {offline_advice}"
         ) from error

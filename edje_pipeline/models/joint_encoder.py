@@ -143,7 +143,7 @@ class JointEncoder(nn.Module):
         if max_positions <= self.position_embeddings.num_embeddings:
             return
         table = extend_rows(self.position_embeddings.weight.detach(), max_positions)
-        self.position_embeddings = nn.Embedding.from_pretrained(table, freeze=False)
+        self.position_embeddings = nn.Embedding(len(table), self.spec.width, _weight=table)
 
     def _run(self, hidden: Tensor, mask_bs: Tensor | None) -> Tensor:
         hidden = F.dropout(hidden, self.dropout, self.training)

@@ -247,8 +247,8 @@ def _check_files(model: ModelDirectory) -> None:
             path = member(model.path, name)
             size = path.stat().st_size
             if size != record.size_bytes:
-                raise ModelError(f"{name} has {size:,} bytes, config.json says {record.size_bytes:,}; fetch it again")
-            if name.endswith(".safetensors"):
+                broken.append(f"{name} has {size:,} bytes, config.json says {record.size_bytes:,}; fetch it again")
+            elif name.endswith(".safetensors"):
                 header = read_header(path)
                 unfit += shape_problems(name, header, shapes[name]) if name in shapes else []
         except ModelError as error:

@@ -92,7 +92,8 @@ def verify_sha256(path: Path, expected: FileRecord, *, name: str) -> None:
         found = _verified[key] = sha256_of(path)
     if found != expected.sha256:
         raise ModelError(
-            f"{name} is damaged: its sha256 is {found[:12]}..., config.json says {expected.sha256[:12]}...; fetch it again"
+            f"{name} is damaged: its sha256 is {found[:12]}..., config.json says {expected.sha256[:12]}...; "
+            "fetch it again"
         )
 
 

@@ -8,7 +8,7 @@ the same on every machine and do not change when another part changes its size.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,7 +34,7 @@ class RandomSize:
     """Pixels, both sides."""
     num_compressed_tokens: int
     adapter_mlp_dim: int
-    joint_encoder: dict[str, int]
+    joint_encoder: JointEncoderSpec
     backbone_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,7 +44,7 @@ SIZES: dict[str, RandomSize] = {
         image_size=32,
         num_compressed_tokens=4,
         adapter_mlp_dim=64,
-        joint_encoder={"width": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 64},
+        joint_encoder=JointEncoderSpec(width=32, num_layers=2, num_heads=4, mlp_dim=64),
         backbone_options={"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
     ),
     "demo": RandomSize(
@@ -52,7 +52,7 @@ SIZES: dict[str, RandomSize] = {
         image_size=112,
         num_compressed_tokens=16,
         adapter_mlp_dim=768,
-        joint_encoder={"width": 384, "num_layers": 6, "num_heads": 12, "mlp_dim": 1536},
+        joint_encoder=JointEncoderSpec(width=384, num_layers=6, num_heads=12, mlp_dim=1536),
         backbone_options={"depth": 4},
     ),
 }
@@ -100,8 +100,8 @@ def write_random_model(
     backbone_spec, preprocess = describe(backbone or sizes.backbone, **options)
     tokenizer = Tokenizer.from_vocab(word_pieces())
     num_tokens = num_compressed_tokens or sizes.num_compressed_tokens
-    joint_spec = JointEncoderSpec(
-        **sizes.joint_encoder,
+    joint_spec = replace(
+        sizes.joint_encoder,
         vocab_size=tokenizer.vocab_size,
         max_positions=tokenizer.max_text_tokens
         + (backbone_spec.num_vision_tokens if adapter_kind == "local" else num_tokens),

@@ -29,17 +29,15 @@ class Tokenizer:
     """A frozen WordPiece tokenizer with `<image>` in its vocabulary; threads may share it."""
 
     def __init__(self, tokenizer: WordPieceTokenizer, *, max_text_tokens: int = 64, where: str = "tokenizer") -> None:
-        """Args: tokenizer: the library's; settings for padding and truncation are replaced.
-        max_text_tokens: of `[CLS] text [SEP]` and the closing `[SEP]` together. where: for messages.
-        """
+        """Args: tokenizer: the library's. max_text_tokens: closing `[SEP]` counted. where: for messages."""
         missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
         if missing:
             raise ModelError(f"{where} has no {', '.join(missing)} in its vocabulary; expected a BERT tokenizer")
         tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            int(tokenizer.token_to_id(token)) for token in SPECIAL_TOKENS
+            _id_of(tokenizer, token) for token in SPECIAL_TOKENS
         )
-        self.image_id = int(tokenizer.token_to_id(IMAGE_TOKEN))
+        self.image_id = _id_of(tokenizer, IMAGE_TOKEN)
         self.max_text_tokens = max_text_tokens
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS]:0 $A:0 [SEP]:0",
@@ -109,6 +107,12 @@ class Tokenizer:
     def to_json(self) -> str:
         """The content of a `tokenizer.json`, `<image>` included, without truncation or padding."""
         return self._json
+
+
+def _id_of(tokenizer: WordPieceTokenizer, token: str) -> int:
+    number = tokenizer.token_to_id(token)
+    assert number is not None
+    return int(number)
 
 
 def _clean(text: str) -> str:
