@@ -1,0 +1,349 @@
+"""Scores query-candidate lists against an index: join, score by shard, regroup by query, publish.
+
+    run_score(ScoreConfig(index="photos.edje", queries="q.parquet", candidates="c.parquet", out="scores"))
+
+Killed at any moment, the same call goes on where it stopped; see `score_store` for what lies where.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import edje_pipeline
+from edje_pipeline.errors import ConfigError, InputFileError
+from edje_pipeline.models.spec import fingerprint_of
+from edje_pipeline.pipeline.score_plan import PlanInfo, PlanLimits, Queries, read_plan_table, write_plan
+from edje_pipeline.pipeline.score_rank import PART_SCHEMA, RESULT_SCHEMA, check_trec_ids, rank_parts, trec_lines
+from edje_pipeline.pipeline.score_result import ScoreResult
+from edje_pipeline.pipeline.score_store import ScoreReceipt, ScoreStore
+from edje_pipeline.pipeline.score_worker import UnitScorer, WorkerSpec
+from edje_pipeline.progress import progress
+from edje_pipeline.storage.faults import crash_point
+from edje_pipeline.storage.index import Index
+from edje_pipeline.storage.location import Location
+from edje_pipeline.storage.parquet_io import hash_file, open_parquet, write_parquet
+
+if TYPE_CHECKING:
+    from edje_pipeline.reranker import OpenScorer
+
+JOIN_CHUNK_PAIRS = 4_000_000
+RESULT_FILE_ROWS = 8_000_000
+RESULT_ROW_GROUP_ROWS = 131_072
+RAY_MIN_PAIRS = 200_000
+"""Below this many pairs starting Ray costs more than a second worker saves."""
+CPUS_A_WORKER = 4
+"""Intra-op threads of one CPU worker; more of them scale worse than more workers."""
+UNIT_PAIRS = {"cpu": 8192, "cuda": 65_536}
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Options of a scoring run."""
+
+    index: str
+    """Directory or URI of the index."""
+    queries: str
+    """query_id, text: Parquet, JSONL, CSV or TSV."""
+    candidates: str
+    """query_id, image_id [, first_stage_score]: Parquet, JSONL, CSV, TSV or a TREC run."""
+    out: str
+    """Folder of the results."""
+    snapshot: str | None = None
+    """Of the index; None: the current one."""
+    model: str | None = None
+    """None: the one the index was made with."""
+    top_k: int | None = None
+    """Ranks kept a query; None keeps all."""
+    trec: str | None = None
+    """File to write as a TREC run as well."""
+    on_missing: str = "report"
+    """`report` writes candidates that are not in the index to missing.parquet, `error` stops."""
+    missing_warning: float = 0.01
+    """Fraction of missing candidates above which the run ends with exit code 3."""
+    precision: str = "auto"
+    """`float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    num_workers: int | None = None
+    """Ray actors; 0 scores in this process; None chooses by the number of pairs, GPUs and cores."""
+    ray_address: str | None = None
+    """A running cluster; implies Ray."""
+    num_threads: int | None = None
+    """Of one CPU worker; None: all cores in process, `CPUS_A_WORKER` in an actor."""
+    unit_pairs: int | None = None
+    """Pairs committed at a time, about; None: by device."""
+    memory_pairs: int = 16_000_000
+    """Pairs joined and sorted in memory at a time; more go through disk."""
+    overwrite: bool = False
+    """Replace finished results, and discard an unfinished run of other inputs."""
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.top_k is not None and self.top_k < 1:
+            problems.append(f"top_k is {self.top_k}, expected at least 1")
+        if self.on_missing not in ("report", "error"):
+            problems.append(f"on_missing is {self.on_missing!r}, expected report or error")
+        if not 0 <= self.missing_warning <= 1:
+            problems.append(f"missing_warning is {self.missing_warning}, expected a fraction from 0 to 1")
+        if self.num_workers is not None and self.num_workers < 0:
+            problems.append(f"num_workers is {self.num_workers}, expected 0 or more")
+        for name in ("num_threads", "unit_pairs", "memory_pairs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name} is {value}, expected at least 1")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+def run_score(config: ScoreConfig) -> ScoreResult:
+    """Runs or resumes a scoring run and publishes its results.
+
+    Raises:
+        InputFileError: queries or candidates cannot be used, or some are missing and `on_missing` is `error`.
+        IndexStateError, ShapeMismatchError, ModelError: index and model do not go together.
+        ResumeMismatchError, IndexLockedError: `out` is in use by or for another run.
+        CorruptionError: the index is damaged.
+        WorkerError: a Ray worker failed more often than the run allows.
+    """
+    from edje_pipeline.reranker import open_fitting_model, open_scorer
+    from edje_pipeline.stages.score_pairs import resolve_device, resolve_precision
+
+    clock = Clock()
+    index = Index.open(config.index, snapshot=config.snapshot)
+    directory = open_fitting_model(index, config.model)
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    inputs = [Location.parse(config.queries), Location.parse(config.candidates)]
+    with clock.stage("hash"):
+        fingerprints = {
+            "index": fingerprint_of([index.snapshot, index.manifest.fingerprints]),
+            "model": directory.fingerprints["joint_encoder"],
+            "queries": hash_input(inputs[0], "query"),
+            "candidates": hash_input(inputs[1], "candidate"),
+            "precision": precision,
+        }
+    options = {key: value for key, value in asdict(config).items() if key not in ("quiet", "overwrite")}
+    out = Location.parse(config.out)
+    with ScoreStore.begin(out, fingerprints=fingerprints, config=options, overwrite=config.overwrite) as store:
+        if store.published is not None:
+            store.tidy(store.published)
+            return ScoreResult.from_manifest(store.published, str(out), config.missing_warning)
+        opened: OpenScorer | None = None
+
+        def tokenize(texts: list[str]) -> list[list[int]]:
+            return directory.load_tokenizer().encode(texts)
+
+        limits = PlanLimits(config.unit_pairs or UNIT_PAIRS[device.type], memory_pairs=config.memory_pairs)
+        with clock.stage("join"):
+            info = make_plan(store, index, config, tokenize, limits)
+        if config.on_missing == "error" and info.num_missing:
+            raise InputFileError(
+                f"{info.num_missing:,} candidates name {info.num_missing_images:,} images that {index.location} "
+                f"does not hold, such as {', '.join(map(repr, info.missing_images[:3]))}; "
+                "extract them, or use --on-missing report"
+            )
+        with clock.stage("verify"):
+            store.drop_damaged()
+        todo = [unit for unit in range(info.num_units) if unit not in store.receipts]
+        spec = WorkerSpec(
+            index=index.location.uri,
+            snapshot=index.snapshot,
+            model=config.model,
+            precision=precision,
+            device=str(device),
+            run_dir=store.run_dir.uri,
+            num_threads=config.num_threads or len(os.sched_getaffinity(0)),
+        )
+        num_workers = choose_workers(config, info, device.type)
+        with clock.stage("score"):
+            if todo and num_workers == 0:
+                opened = open_scorer(index, config.model, precision=precision, device=str(device))
+                worker = UnitScorer(spec, index=index, scorer=opened.scorer)
+                new_pairs = collect(store, info, worker.run(todo), config.quiet)
+            elif todo:
+                from edje_pipeline.pipeline.score_ray import run_actors
+
+                spec = WorkerSpec(**{**asdict(spec), "num_threads": config.num_threads or CPUS_A_WORKER})
+                new_pairs = collect(store, info, run_actors(spec, todo, num_workers, config.ray_address), config.quiet)
+            else:
+                new_pairs = 0
+        with clock.stage("regroup"):
+            written = write_results(store, config, info)
+        manifest = store.publish(
+            {
+                "code_version": edje_pipeline.__version__,
+                "config": options,
+                "index": {"location": str(index.location), "snapshot": index.snapshot},
+                "model": directory.spec.name,
+                "plan": info.to_dict(),
+                "num_pairs_scored_now": new_pairs,
+                "num_workers": num_workers,
+                "device": str(device),
+                "precision": precision,
+                "stats": total_stats(store.receipts.values()),
+                "timings": clock.seconds,
+                **written,
+            }
+        )
+        return ScoreResult.from_manifest(manifest, str(out), config.missing_warning)
+
+
+class Clock:
+    """Seconds by stage of the run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[f"{name}_s"] = self.seconds.get(f"{name}_s", 0.0) + time.perf_counter() - started
+
+
+def hash_input(location: Location, what: str) -> str:
+    """sha256 of an input file, or of all files of a folder.
+
+    Raises:
+        InputFileError: it does not exist.
+    """
+    if not location.exists():
+        raise InputFileError(f"the {what} file {location} does not exist")
+    if not location.is_dir():
+        return hash_file(location).sha256
+    names = [entry.path for entry in location.list_files()]
+    return fingerprint_of([[name, hash_file(location.child(name)).sha256] for name in names])
+
+
+def make_plan(store: ScoreStore, index: Index, config: ScoreConfig, tokenize: Any, limits: PlanLimits) -> PlanInfo:
+    """The stored plan of a resumed run, else a new one."""
+    from edje_pipeline.storage.text_inputs import read_candidates, read_queries
+
+    found = store.plan_info
+    if found is not None:
+        return PlanInfo(**found)
+    queries = Queries.from_table(read_queries(config.queries))
+    candidates = read_candidates(config.candidates)
+    if config.trec:
+        check_trec_ids(queries.query_ids, "query_id")
+        check_trec_ids(candidates.column("image_id"), "image_id")
+    num_candidates = candidates.num_rows
+    starts = range(0, num_candidates, JOIN_CHUNK_PAIRS)
+    chunks = (candidates.slice(start, JOIN_CHUNK_PAIRS) for start in starts)
+    info = write_plan(
+        store.plan_dir, index, queries, chunks, num_candidates=num_candidates, tokenize=tokenize, limits=limits
+    )
+    store.set_plan_info(info.to_dict())
+    return info
+
+
+def choose_workers(config: ScoreConfig, info: PlanInfo, device: str) -> int:
+    """Ray actors to use; 0: this process, which fills one GPU or a few cores by itself."""
+    if config.num_workers is not None:
+        return config.num_workers
+    if device == "cuda":
+        import torch
+
+        parallel = torch.cuda.device_count()
+    else:
+        parallel = len(os.sched_getaffinity(0)) // CPUS_A_WORKER
+    if config.ray_address is not None:
+        return max(1, parallel)
+    return parallel if parallel > 1 and info.num_pairs >= RAY_MIN_PAIRS else 0
+
+
+def collect(store: ScoreStore, info: PlanInfo, receipts: Iterable[ScoreReceipt], quiet: bool) -> int:
+    """Journals receipts as they come; returns the number of pairs scored now."""
+    before = sum(receipt.num_pairs for receipt in store.receipts.values())
+    with progress("score", info.num_pairs, unit="pairs", quiet=quiet, skipped=before) as report:
+        for receipt in receipts:
+            if store.journal(receipt):
+                report.update(receipt.num_pairs, missing=info.num_missing)
+    return sum(receipt.num_pairs for receipt in store.receipts.values()) - before
+
+
+def total_stats(receipts: Iterable[ScoreReceipt]) -> dict[str, float]:
+    """Sums over units: images and bytes read, seconds inside workers."""
+    total: Counter[str] = Counter()
+    for receipt in receipts:
+        total.update(receipt.stats)
+    return dict(total)
+
+
+def write_results(store: ScoreStore, config: ScoreConfig, info: PlanInfo) -> dict[str, Any]:
+    """Ranked results, the missing candidates and the TREC file; returns what the manifest says of them."""
+    query_ids = read_plan_table(store.plan_dir.child("queries.parquet")).column("query_id").combine_chunks()
+    ranked = rank_parts(
+        read_parts(store),
+        query_ids,
+        num_pairs=info.num_pairs,
+        memory_pairs=config.memory_pairs,
+        top_k=config.top_k,
+    )
+    files = []
+    with open_trec(config.trec) as write_trec:
+        for number, table in enumerate(split(ranked)):
+            name = f"results/{store.run_id}-{number:05d}.parquet"
+            written = write_parquet(
+                store.out.child(name),
+                [table],
+                RESULT_SCHEMA,
+                row_group_rows=RESULT_ROW_GROUP_ROWS,
+                dictionary_columns=("query_id", "image_id", "rank"),
+            )
+            files.append({"path": name, "num_rows": table.num_rows, **asdict(written)})
+            write_trec(table)
+            crash_point("score.results")
+    missing = None
+    if info.num_missing:
+        source, target = store.plan_dir.child("missing.parquet"), store.out.child("missing.parquet")
+        with source.open_input() as stream:
+            file = pq.ParquetFile(stream)
+            pieces = (file.read_row_group(group) for group in range(file.num_row_groups))
+            written = write_parquet(target, pieces, file.schema_arrow, row_group_rows=RESULT_ROW_GROUP_ROWS)
+        missing = {"path": "missing.parquet", "num_rows": info.num_missing, **asdict(written)}
+    return {"files": files, "missing": missing, "num_results": sum(entry["num_rows"] for entry in files)}
+
+
+def read_parts(store: ScoreStore) -> Iterator[pa.Table]:
+    """Scored parts in the order of their units, checked against their receipts."""
+    for unit in sorted(store.receipts):
+        receipt = store.receipts[unit]
+        part = store.run_dir.child(receipt.path)
+        sizes = {"num_rows": receipt.num_pairs, "size_bytes": receipt.size_bytes}
+        yield open_parquet(part, **sizes, schema=PART_SCHEMA, what="scored part").read()
+
+
+def split(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """At most `RESULT_FILE_ROWS` rows a piece; one empty piece when there is no row at all."""
+    is_empty = True
+    for table in tables:
+        for start in range(0, table.num_rows, RESULT_FILE_ROWS):
+            is_empty = False
+            yield table.slice(start, RESULT_FILE_ROWS)
+    if is_empty:
+        yield RESULT_SCHEMA.empty_table()
+
+
+@contextmanager
+def open_trec(target: str | None) -> Iterator[Any]:
+    """A function that appends a table to the TREC file; does nothing without one."""
+    if target is None:
+        yield lambda table: None
+        return
+    with Location.parse(target).open_atomic() as stream:
+        yield lambda table: [
+            stream.write(trec_lines(table.slice(start, RESULT_ROW_GROUP_ROWS)))
+            for start in range(0, table.num_rows, RESULT_ROW_GROUP_ROWS)
+        ]
