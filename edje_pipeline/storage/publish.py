@@ -21,8 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from edje_pipeline.errors import CorruptionError, IndexStateError
+from edje_pipeline.storage.cleanup import remove_tree
 from edje_pipeline.storage.faults import crash_point
 from edje_pipeline.storage.location import Location, fsync_dir, storage_errors
+from edje_pipeline.storage.lock import IndexLock
 from edje_pipeline.storage.lookup_build import PART_ROWS, LookupResult, Removal, build_lookup
 from edje_pipeline.storage.manifest import (
     MANIFEST_NAME,
@@ -116,7 +118,7 @@ def publish(
         removals=_removals(removed) if mode == "add" else [],
         run_counts={"listed": accepted + rejected, "accepted": accepted, "rejected": rejected},
     )
-    return commit(index, change, parent=parent, base=base, staging=staging, part_rows=part_rows).manifest
+    return commit(index, change, parent=parent, base=base, lock=staging.lock, part_rows=part_rows).manifest
 
 
 def commit(
@@ -125,10 +127,14 @@ def commit(
     *,
     parent: Manifest | None,
     base: Manifest | None,
-    staging: Staging | None = None,
+    lock: IndexLock,
     part_rows: int = PART_ROWS,
+    publish_empty: bool = True,
 ) -> Published:
-    """Writes and publishes a snapshot; the lock is held and staging/<run_id> exists. See `publish`."""
+    """Writes and publishes a snapshot; the lock is held and staging/<run_id> exists. See `publish`.
+
+    With `publish_empty=False` a change that changes nothing leaves the parent current.
+    """
     remove_unpublished_snapshots(index, change.run_id)
     snapshot = f"{_next_number(index):06d}-{change.run_id}"
     folder = f"snapshots/{snapshot}"
@@ -165,6 +171,10 @@ def commit(
         rejects = [*kept, *rejects]
         unknown = sorted(set(unknown) - dropped)
     crash_point("publish.rejects")
+    if not publish_empty and base is not None and not lookup.tombstones and rejects == read_rejects(index, base):
+        remove_tree(index, folder)
+        remove_tree(index, f"staging/{change.run_id}")
+        return Published(base, unknown)
     tombstones = _all_tombstones(index, base, lookup)
     dead = np.bincount(tombstones.column("shard").to_numpy(), minlength=len(shards))
     shards = [entry.with_live_rows(entry.num_rows - int(dead[number])) for number, entry in enumerate(shards)]
@@ -189,8 +199,7 @@ def commit(
     index.child(folder, "head.json").write_bytes(manifest.to_bytes())
     _sync_folders(index, folder)
     crash_point("publish.head")
-    if staging is not None:
-        staging.lock.assert_held()
+    lock.assert_held()
     swap_manifest(index, manifest)
     crash_point("publish.swapped")
     remove_leftovers(index, manifest)

@@ -95,11 +95,18 @@ def referenced_files(index: Location, manifest: Manifest) -> set[str]:
     """Every path that the current or another stored snapshot names: memory grows with files, not images."""
     needed: set[str] = set()
     for head in stored_snapshots(index, manifest):
-        needed.update(entry.path for entry in read_shards(index, head))
-        needed.update(entry.path for entry in read_rejects(index, head))
-        needed.update(part.path for part in lookup_parts(index, head))
-        needed.update(ref.path for ref in head.files.values())
+        needed |= files_needed_by(index, head)
     return needed
+
+
+def files_needed_by(index: Location, head: Manifest) -> set[str]:
+    """Every path that one snapshot names, its own head included."""
+    paths = {entry.path for entry in read_shards(index, head)}
+    paths |= {entry.path for entry in read_rejects(index, head)}
+    paths |= {part.path for part in lookup_parts(index, head)}
+    paths |= {ref.path for ref in head.files.values()}
+    paths.add(f"snapshots/{head.snapshot}/head.json")
+    return paths
 
 
 def stored_snapshots(index: Location, manifest: Manifest) -> list[Manifest]:
