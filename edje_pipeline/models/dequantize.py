@@ -31,6 +31,8 @@ class Dequantizer(nn.Module):
                 f"codec {self.name} decodes uint8 payloads of shape (n, {self.payload_bytes}); "
                 f"got {payload_np.dtype} {tuple(payload_np.shape)}"
             )
+        if not len(payload_np):  # views of empty tensors need strides that these may not have
+            return torch.empty((0, self.num_tokens, self.dim), dtype=self.dtype, device=payload_np.device)
         return self.decode(payload_np.contiguous())
 
     def decode(self, payload_np: Tensor) -> Tensor:

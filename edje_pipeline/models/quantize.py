@@ -39,6 +39,9 @@ class Quantizer(nn.Module):
                 f"codec {self.name} encodes tokens of shape (n, {self.num_tokens}, {self.dim}); "
                 f"got {tuple(tokens_nme.shape)}"
             )
+        if not len(tokens_nme):  # views of empty tensors need strides that these may not have
+            empty_np = torch.empty((0, self.payload_bytes), dtype=torch.uint8, device=tokens_nme.device)
+            return empty_np, torch.ones(0, dtype=torch.bool, device=tokens_nme.device)
         values_nme = tokens_nme.float().contiguous()
         storable_n = (values_nme.abs() <= self.limit).flatten(1).all(dim=1)
         values_nme = torch.where(storable_n[:, None, None], values_nme, values_nme.new_zeros(()))

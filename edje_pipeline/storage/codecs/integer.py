@@ -73,7 +73,9 @@ class ScaledCodec:
         split = self.num_tokens * self.code_bytes
         packed = payload[:, :split].reshape(len(payload), self.num_tokens, self.code_bytes)
         scales = np.ascontiguousarray(payload[:, split:]).view("<f2").astype(np.float32)
-        return self.unpack(packed).astype(np.float32) * scales[..., None]
+        # A damaged scale (NaN, infinity) must give NaN for `verify` to find, not a warning.
+        with np.errstate(invalid="ignore"):
+            return self.unpack(packed).astype(np.float32) * scales[..., None]
 
     def scales(self, values: np.ndarray) -> np.ndarray:
         """(n, M, E) float32 -> (n, M) float16."""

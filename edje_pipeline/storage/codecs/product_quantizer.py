@@ -26,7 +26,8 @@ class ProductCodec:
 
     A token x at place i of its image becomes `y = R (x - mean[i])` (R the identity for pq), y is cut into m
     parts of E/m values, and each part is replaced by the index of its nearest centroid (Euclidean;
-    the lower index of equals). `decode` puts the centroids together and inverts the two steps.
+    the lower index of equals; centroids whose distances agree to the last bits of float32 may be told
+    apart differently by another BLAS or batch size, which changes nothing that matters). `decode` puts the centroids together and inverts the two steps.
 
     Payload of one image: M x m bytes in C order, `P = M m`. The mean is kept for every place because
     an adapter's latents are not interchangeable: each has its own mean token.
