@@ -170,7 +170,7 @@ def _reduce(image: Image.Image, spec: PreprocessSpec) -> bool:
     width, height = image.size
     target = resized_size((width, height) if method in _SIDEWAYS else (height, width), spec)
     needed = target if method in _SIDEWAYS else (target[1], target[0])
-    return image.draft(None, needed) is not None and image.size != (width, height)  # type: ignore[arg-type]
+    return image.draft(None, needed) is not None and image.size != (width, height)
 
 
 _limits_lock = threading.Lock()

@@ -20,7 +20,7 @@ _TRUNCATED = re.compile(
     re.IGNORECASE,
 )
 _UNSUPPORTED = re.compile(
-    r"unsupported|not supported|not implemented|unimplemented|cannot (?:handle|decode|load) this|no .*decoder"
+    r"unsupported|not supported|not implemented|unimplemented|cannot (?:handle|decode) this|no .*decoder"
     r"|not available|unknown (?:compression|pixel mode|data organization|.*format)|can ?not find loader|cannot find",
     re.IGNORECASE,
 )
@@ -75,4 +75,12 @@ def _unidentified(data: bytes) -> tuple[RejectReason, str]:
     name, decodes = found
     if not decodes:
         return RejectReason.UNSUPPORTED, f"{name} images are not decoded here; convert them first"
+    if _announces_nothing(name, data):
+        return RejectReason.BAD_DIMENSIONS, f"the {name} header announces a side of 0 pixels"
     return RejectReason.CORRUPT, f"the bytes begin like {name}, but the header cannot be read"
+
+
+def _announces_nothing(name: str, data: bytes) -> bool:
+    if name == "GIF" and len(data) >= 10:
+        return not any(data[6:8]) or not any(data[8:10])
+    return name == "PNG" and len(data) >= 24 and (not any(data[16:20]) or not any(data[20:24]))

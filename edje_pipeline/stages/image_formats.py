@@ -11,11 +11,15 @@ from functools import lru_cache
 
 from PIL import Image
 
-FORMATS = (
+FORMATS = tuple(
     # Most common first: Pillow asks them in this order, and TGA, which has no signature, must come last.
-    "JPEG PNG WEBP GIF BMP TIFF AVIF JPEG2000 PPM ICO PSD DIB QOI DDS ICNS CUR PCX DCX SGI SUN FLI BLP FTEX GBR IM IMT "
-    "MCIDAS MSP PCD PIXAR SPIDER XBM XPM XVTHUMB FITS TGA"
-).split()
+    word
+    for line in (
+        "JPEG PNG WEBP GIF BMP TIFF AVIF JPEG2000 PPM ICO PSD DIB QOI DDS ICNS CUR PCX DCX SGI SUN FLI BLP",
+        "FTEX GBR IM IMT MCIDAS MSP PCD PIXAR SPIDER XBM XPM XVTHUMB FITS TGA",
+    )
+    for word in line.split()
+)
 
 SLOW_FORMATS = frozenset({"BLP", "FITS", "MSP", "QOI", "XPM"})
 """Decoded by Pillow in Python, about a microsecond a pixel or more."""

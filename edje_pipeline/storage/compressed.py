@@ -85,31 +85,35 @@ def open_text_bytes(uri: str) -> Iterator[IO[bytes]]:
         raise InputFileError(f"{files.shown(uri)} is a directory, expected a file") from error
 
 
-def iter_lines(stream: IO[bytes] | Any, name: str) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line without its end); a leading byte order mark is dropped.
+def iter_chunks(stream: IO[bytes] | Any, name: str, chunk_bytes: int = 1 << 20) -> Iterator[tuple[int, bytes]]:
+    """(number of its first line from 1, whole lines) in pieces of about `chunk_bytes`; drops a byte order mark.
 
     Raises:
         InputFileError: a line longer than MAX_LINE_BYTES.
     """
-    number = 0
+    number = 1
     rest = b""
-    while chunk := stream.read(1 << 20):
-        lines = (rest + bytes(chunk)).split(b"\n")
-        rest = lines.pop()
-        for line in lines:
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise InputFileError(_too_long(name, number))
-            yield number, _clean(line, number)
+    first = True
+    while chunk := stream.read(chunk_bytes):
+        data = rest + bytes(chunk)
+        if first:
+            data, first = data.removeprefix(b"\xef\xbb\xbf"), False
+        end = data.rfind(b"\n") + 1
+        rest = data[end:]
         if len(rest) > MAX_LINE_BYTES:
-            raise InputFileError(_too_long(name, number + 1))
+            raise InputFileError(_too_long(name, number + data.count(b"\n")))
+        if end:
+            yield number, data[:end]
+            number += data.count(b"\n")
     if rest:
-        yield number + 1, _clean(rest, number + 1)
+        yield number, rest
 
 
-def _clean(line: bytes, number: int) -> bytes:
-    line = line.removesuffix(b"\r")
-    return line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+def iter_lines(stream: IO[bytes] | Any, name: str) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line without its end); otherwise as `iter_chunks`."""
+    for first, chunk in iter_chunks(stream, name):
+        for number, line in enumerate(chunk.removesuffix(b"\n").split(b"\n"), first):
+            yield number, line.removesuffix(b"\r")
 
 
 def _too_long(name: str, number: int) -> str:

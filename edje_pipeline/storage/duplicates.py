@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Self
 
 import numpy as np
 
@@ -35,11 +35,10 @@ class DuplicateFinder:
         self._directory = directory
         self._buckets: list[IO[bytes]] = []
 
-    def __enter__(self) -> DuplicateFinder:
+    def __enter__(self) -> Self:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="edje-ids-", dir=self._directory))
-        self._buckets = [
-            self._stack.enter_context(Path(folder, f"{number:03d}").open("w+b")) for number in range(NUM_BUCKETS)
-        ]
+        names = [Path(folder, f"{number:03d}") for number in range(NUM_BUCKETS)]
+        self._buckets = [self._stack.enter_context(open(name, "w+b")) for name in names]  # noqa: SIM115
         return self
 
     def __exit__(

@@ -35,7 +35,8 @@ def local_path(uri: str) -> bytes:
     """The operating system's path of a `file://` URI or plain path."""
     if uri.startswith("file://"):
         return unquote_to_bytes(uri[len("file://") :])
-    return os.path.abspath(os.path.expanduser(os.fsencode(uri)))
+    home = os.path.expanduser(uri)  # noqa: PTH111  (Path would fold //)
+    return os.path.abspath(os.fsencode(home))
 
 
 def local_uri(path: bytes) -> str:
@@ -62,7 +63,7 @@ def _bucket(scheme: str, authority: str, query: str) -> tuple[pafs.FileSystem, s
     except (pa.ArrowInvalid, ValueError) as error:
         raise ConfigError(
             f"cannot read {scheme}://{authority}: {error}. Local paths, file://, s3:// and gs:// are read; "
-            "for http(s) lists download the images first (img2dataset writes tars and Parquet that are read as they are)"
+            "for http(s) lists download the images first (what img2dataset writes is read as it is)"
         ) from error
     return filesystem, path[: -len("edje-probe")]
 
@@ -97,7 +98,7 @@ def open_binary(uri: str) -> AbstractContextManager[IO[bytes] | Any]:
 def file_size(uri: str) -> int:
     """Bytes of a file; FileNotFoundError when it is not there."""
     if is_local_uri(uri):
-        return os.stat(local_path(uri)).st_size
+        return os.stat(local_path(uri)).st_size  # noqa: PTH116  (a path of any bytes)
     filesystem, path = remote(uri)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
@@ -108,8 +109,10 @@ def file_size(uri: str) -> int:
 def kind_of(uri: str) -> str:
     """`file`, `dir` or `missing`."""
     if is_local_uri(uri):
-        path = local_path(uri)
-        return "dir" if os.path.isdir(path) else "file" if os.path.exists(path) else "missing"
+        local = local_path(uri)
+        if not os.path.exists(local):  # noqa: PTH110  (a path of any bytes)
+            return "missing"
+        return "dir" if os.path.isdir(local) else "file"  # noqa: PTH112
     filesystem, path = remote(uri)
     found = filesystem.get_file_info(path.rstrip("/")).type
     return {pafs.FileType.Directory: "dir", pafs.FileType.File: "file"}.get(found, "missing")

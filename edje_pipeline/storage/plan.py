@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -188,10 +189,12 @@ class _PlanWriter:
         self.num_rows = 0
         self.num_units = 0
 
-    def __enter__(self) -> _PlanWriter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             if self._num_waiting:
                 self._flush(self._num_waiting)
@@ -245,7 +248,7 @@ class _PlanWriter:
                     data = text.encode()
                     hasher.update(len(data).to_bytes(4, "little") + data)
             else:
-                hasher.update(np.ascontiguousarray(column.to_numpy()))
+                hasher.update(column.to_numpy().astype("<i8").tobytes())
 
 
 def _part_name(generation: int, number: int) -> str:

@@ -11,10 +11,15 @@ import pyarrow as pa
 
 from edje_pipeline.storage.schema import LISTING_SCHEMA, RejectReason
 
+# The last three of the second line have no decoder here: they are listed and rejected, which is seen,
+# rather than passed over.
 IMAGE_SUFFIXES = frozenset(
-    "jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif avifs jp2 j2k jpc jpf jpx j2c ppm pgm pbm pnm "
-    # The last three have no decoder here: they are listed and rejected, which is seen, rather than passed over.
-    "pfm qoi tga ico icns cur psd pcx sgi dds mpo xbm xpm heic heif jxl".split()
+    suffix
+    for line in (
+        "jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif avifs jp2 j2k jpc jpf jpx j2c ppm pgm pbm pnm pfm",
+        "qoi tga ico icns cur psd pcx sgi dds mpo xbm xpm heic heif jxl",
+    )
+    for suffix in line.split()
 )
 """Suffixes (lower case, no dot) that mean "this is an image" in folders and tars."""
 

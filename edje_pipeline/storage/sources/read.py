@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,14 +43,13 @@ def read_images(source: dict[str, Any], rows: pa.Table, *, max_bytes: int = MAX_
         groups.setdefault(container, []).append(position)
     for container, positions in groups.items():
         where = np.asarray(positions)
-        if (lengths[where] == WHOLE_FILE).all():
-            reader: Callable[[], list[Blob]] = lambda c=container, n=len(positions): [_whole_file(c, max_bytes)] * n  # type: ignore[misc]
-        elif source["kind"] == "parquet":
-            reader = lambda c=container, w=where: _parquet_rows(source, c, offsets[w], lengths[w], max_bytes)  # type: ignore[misc]
-        else:
-            reader = lambda c=container, w=where: _members(c, offsets[w], lengths[w], max_bytes)  # type: ignore[misc]
         try:
-            found = reader()
+            if (lengths[where] == WHOLE_FILE).all():
+                found = [_whole_file(container, max_bytes)] * len(positions)
+            elif source["kind"] == "parquet":
+                found = _parquet_rows(source, container, offsets[where], lengths[where], max_bytes)
+            else:
+                found = _members(container, offsets[where], lengths[where], max_bytes)
         except (OSError, pa.ArrowException, EdjeError, ValueError, MemoryError) as error:
             found = [failure_of(error)] * len(positions)
         for position, blob in zip(positions, found, strict=True):

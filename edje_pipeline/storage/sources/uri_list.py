@@ -63,7 +63,7 @@ class UriListSource(Source):
                     raise SourceError(f"{files.shown(self.uri)} lists {text!r}: {error}") from error
                 self._schemes.add(scheme)
             return text
-        if os.path.isabs(text):
+        if text.startswith("/"):
             return files.local_uri(os.fsencode(text))
         if files.is_local_uri(self._base):
             return files.local_uri(os.path.normpath(os.path.join(files.local_path(self._base), os.fsencode(text))))
