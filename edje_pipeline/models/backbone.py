@@ -216,13 +216,19 @@ def create_backbone(
 def load_weights(backbone: Backbone, path: Path) -> None:
     """Loads a file into a backbone: our own names, or those of the library behind the trunk."""
     tensors = read_tensors(path)
-    if not any(name.startswith(TRUNK_PREFIX) for name in tensors):
-        converted = cast("Trunk", backbone.trunk).convert_weights(tensors)
-        own = {TRUNK_PREFIX + name: tensor for name, tensor in converted.items()}
-        if backbone.embedding_map is not None:
-            own.update({f"embedding_map.{name}": t for name, t in backbone.embedding_map.state_dict().items()})
-        tensors = own
-    load_exactly(backbone, tensors, where=str(path))
+    if any(name.startswith(TRUNK_PREFIX) for name in tensors):
+        load_exactly(backbone, tensors, where=str(path))
+    else:
+        load_library_tensors(backbone, tensors, where=str(path))
+
+
+def load_library_tensors(backbone: Backbone, tensors: dict[str, Tensor], *, where: str) -> None:
+    """Loads a state dict of the library behind the trunk; an `embedding_map` keeps the values it has.
+
+    Raises:
+        ShapeMismatchError: names or shapes differ; lists them all.
+    """
+    load_exactly(backbone.trunk, cast("Trunk", backbone.trunk).convert_weights(tensors), where=where)
 
 
 def _requested_options(spec: BackboneSpec) -> dict[str, Any]:
@@ -282,6 +288,14 @@ def _build_trunk(spec: BackboneSpec) -> nn.Module:
 
 
 __all__ = [
-    "Backbone", "EmbeddingKind", "TokenLayer", "Trunk", "TrunkPlan", "create_backbone", "describe", "load_weights",
+    "Backbone",
+    "EmbeddingKind",
+    "TokenLayer",
+    "Trunk",
+    "TrunkPlan",
+    "create_backbone",
+    "describe",
+    "load_library_tensors",
+    "load_weights",
     "parse_source",
-]  # fmt: skip
+]
