@@ -1,0 +1,123 @@
+"""What a run measures of itself: it travels in extra columns beside the rows and ends in the receipts.
+
+Each row carries its share of the seconds and bytes that its batch cost, so that sums stay right
+however blocks are cut and joined on the way; memory peaks are carried as they are and maximised.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from edje_pipeline.progress import format_bytes, format_duration
+
+SUMMED = ("read_s", "decode_s", "encode_s", "encode_wait_s", "write_s", "bytes_read")
+PEAKS = ("decode_rss_bytes", "encode_rss_bytes", "write_rss_bytes")
+PREFIX = "metric_"
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def with_metrics(table: pa.Table, **values: float) -> pa.Table:
+    """Adds metric columns: summed ones are split over the rows, peaks repeated."""
+    num_rows = table.num_rows
+    for name, value in values.items():
+        share = value if name in PEAKS else value / max(num_rows, 1)
+        table = table.append_column(PREFIX + name, pa.array(np.full(num_rows, share, np.float64)))
+    return table
+
+
+def collect_metrics(table: pa.Table) -> dict[str, float]:
+    """Sums and peaks of the metric columns of a table."""
+    found: dict[str, float] = {}
+    for name in (*SUMMED, *PEAKS):
+        if PREFIX + name in table.column_names and table.num_rows:
+            column = table.column(PREFIX + name)
+            found[name] = float((pc.max if name in PEAKS else pc.sum)(column).as_py())
+    return found
+
+
+@dataclass
+class RunMetrics:
+    """The receipts' metrics added up, and the run's own clock."""
+
+    num_workers: dict[str, int] = field(default_factory=dict)
+    """Processes or threads that each stage may use at once."""
+    values: dict[str, float] = field(default_factory=dict)
+    wall_s: float = 0.0
+    """From the first unit handed out to the last receipt, start-up of workers included."""
+
+    def add(self, stats: Mapping[str, float]) -> None:
+        """Adds one receipt's metrics."""
+        for name, value in stats.items():
+            if name in PEAKS:
+                self.values[name] = max(self.values.get(name, 0.0), value)
+            else:
+                self.values[name] = self.values.get(name, 0.0) + value
+
+    def add_all(self, stats: Iterable[Mapping[str, float]]) -> None:
+        """Adds several receipts' metrics."""
+        for one in stats:
+            self.add(one)
+
+    def utilisation(self) -> dict[str, float]:
+        """Share of the run that each stage was busy, 0 to 1 and a little above when processes overlap."""
+        busy = {
+            "decode": self.values.get("read_s", 0.0) + self.values.get("decode_s", 0.0),
+            "encode": self.values.get("encode_s", 0.0),
+            "write": self.values.get("write_s", 0.0),
+        }
+        wall = max(self.wall_s, 1e-9)
+        return {name: busy[name] / wall / max(self.num_workers.get(name, 1), 1) for name in busy}
+
+    def slowest_stage(self) -> str:
+        """The stage that was busy longest, or `waiting` when none was busy half of the time."""
+        shares = self.utilisation()
+        name = max(shares, key=lambda key: shares[key])
+        return name if shares[name] >= 0.5 else "waiting"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; seconds, bytes."""
+        return {
+            **{name: round(value, 4) for name, value in sorted(self.values.items())},
+            "wall_s": round(self.wall_s, 3),
+            "utilisation": {name: round(share, 4) for name, share in self.utilisation().items()},
+            "slowest_stage": self.slowest_stage(),
+            "num_workers": dict(self.num_workers),
+            "driver_rss_bytes": peak_rss_bytes(),
+        }
+
+    def to_lines(self) -> list[str]:
+        """For the final summary, at most 80 columns."""
+        shares = self.utilisation()
+        parts = ", ".join(f"{name} {shares[name]:.0%}" for name in ("decode", "encode", "write"))
+        seconds = ", ".join(
+            f"{label} {format_duration(self.values.get(key, 0.0))}"
+            for label, key in (
+                ("read", "read_s"),
+                ("decode", "decode_s"),
+                ("encode", "encode_s"),
+                ("write", "write_s"),
+                ("encoder waiting", "encode_wait_s"),
+            )
+        )
+        memory = ", ".join(
+            f"{name.removesuffix('_rss_bytes')} {format_bytes(self.values[name])}"
+            for name in PEAKS
+            if name in self.values
+        )
+        lines = [
+            f"slowest stage   {self.slowest_stage()} (busy: {parts})",
+            f"stage seconds   {seconds}",
+            f"bytes read      {format_bytes(self.values.get('bytes_read', 0.0))}",
+        ]
+        return [*lines, f"peak memory     driver {format_bytes(peak_rss_bytes())}" + (f", {memory}" if memory else "")]
