@@ -24,13 +24,14 @@ _CHUNK_TOKENS = 2048
 class ProductCodec:
     """m bytes a token: `pqN` in the tokens' own axes, `opqN` after a trained rotation.
 
-    A token x at place i of its image becomes `y = R (x - mean[i])` (R the identity for pq), y is cut into m
-    parts of E/m values, and each part is replaced by the index of its nearest centroid (Euclidean;
-    the lower index of equals; centroids whose distances agree to the last bits of float32 may be told
-    apart differently by another BLAS or batch size, which changes nothing that matters). `decode` puts the centroids together and inverts the two steps.
+    A token x at place i of its image becomes `y = R (x - mean[i])` (R the identity for pq), y is cut
+    into m parts of E/m values, and each part is replaced by the index of its nearest centroid
+    (Euclidean; the lower index of equals). Centroids whose distances agree to the last bits of
+    float32 may be told apart differently by another BLAS or batch size; the error is the same.
+    `decode` puts the centroids together and inverts the two steps. The mean is kept for every place
+    because an adapter's latents are not interchangeable: each has its own mean token.
 
-    Payload of one image: M x m bytes in C order, `P = M m`. The mean is kept for every place because
-    an adapter's latents are not interchangeable: each has its own mean token.
+    Payload of one image: M x m bytes in C order, `P = M m`.
 
     Codebook arrays, all float32: `centroids` (m, 256, E/m), `mean` (M, E), and for opq `rotation`
     (E, E), orthogonal, rows are the new axes.
