@@ -8,7 +8,7 @@ the same on every machine and do not change when another part changes its size.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ import numpy as np
 from edje_pipeline.errors import ConfigError
 from edje_pipeline.models.checkpoint import ModelDirectory, save_model
 from edje_pipeline.models.layout import adapter_shapes, joint_encoder_shapes
-from edje_pipeline.models.spec import AdapterSpec, JointEncoderSpec, ModelSpec
+from edje_pipeline.models.spec import AdapterSpec, JointEncoderSpec, ModelSpec, TextTowerSpec
 from edje_pipeline.models.tokenizer import Tokenizer
 from edje_pipeline.models.words import word_pieces
 
@@ -69,6 +69,7 @@ def write_random_model(
     image_size: int | None = None,
     backbone: str | None = None,
     backbone_options: dict[str, Any] | None = None,
+    text_tower: bool = True,
     overwrite: bool = False,
 ) -> ModelDirectory:
     """Writes a model directory whose weights are random numbers.
@@ -83,6 +84,7 @@ def write_random_model(
         image_size: pixels of both sides of the backbone's input.
         backbone: another source (`timm:resnet10t`), with the options given here and no others.
         backbone_options: constructor arguments of the backbone, instead of the size's.
+        text_tower: write one too, of the joint encoder's sizes, where the backbone has an embedding.
 
     Raises:
         ConfigError: an unknown size.
@@ -116,16 +118,31 @@ def write_random_model(
         norm_eps=backbone_spec.norm_eps,
     )
     trunk = create_backbone(backbone_spec, None, preprocess=preprocess)
+    tower_spec, tower = None, None
+    if text_tower and backbone_spec.embedding_dim:
+        tower_spec, tower = _text_tower(joint_spec, backbone_spec.embedding_dim, tokenizer, seed)
     return save_model(
         directory,
-        ModelSpec(name or f"random-{size}", backbone_spec, preprocess, adapter_spec, joint_spec),
+        ModelSpec(name or f"random-{size}", backbone_spec, preprocess, adapter_spec, joint_spec, tower_spec),
         backbone=random_like(trunk.state_dict(), seed, "backbone"),
         adapter=random_tensors(adapter_shapes(adapter_spec), seed, "adapter"),
         joint_encoder=random_tensors(joint_encoder_shapes(joint_spec), seed, "joint_encoder"),
         tokenizer=tokenizer,
+        text_tower=tower,
         card=_card(name or f"random-{size}", seed),
         overwrite=overwrite,
     )
+
+
+def _text_tower(
+    bert: JointEncoderSpec, embedding_dim: int, tokenizer: Tokenizer, seed: int
+) -> tuple[TextTowerSpec, dict[str, Tensor]]:
+    from edje_pipeline.models.text_tower import create_text_tower
+
+    options = {"bert": asdict(bert), "map": True, "max_tokens": bert.max_text_tokens - 1}
+    spec = TextTowerSpec("sentence_map", embedding_dim, options)
+    tower = create_text_tower(spec, tokenizer_json=tokenizer.to_json())
+    return spec, random_like(tower.state_dict(), seed, "text_tower")
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int, part: str) -> dict[str, Tensor]:
