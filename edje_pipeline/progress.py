@@ -71,7 +71,7 @@ class ProgressReport:
                 console=console,
                 transient=False,
             )
-            self._task = self._bar.add_task(self.label, total=self.total, completed=skipped, detail="")
+            self._task = self._bar.add_task(self.label, total=self.total or None, completed=skipped, detail="")
             self._bar.start()
         elif skipped:
             self._write(f"{self.label}: {skipped:,} of {self.total:,} {self.unit} were done before")
@@ -86,7 +86,7 @@ class ProgressReport:
             self._bar.update(self._task, completed=self.done, detail=self._detail())
         elif time.monotonic() - self._last_line >= self.plain_every_s:
             self._last_line = time.monotonic()
-            self._write(f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {self._detail()}")
+            self._write(f"{self.label}: {self._counts()} {self.unit}, {self._detail()}")
 
     def stop(self) -> None:
         """Ends the display; the counts stay."""
@@ -94,12 +94,16 @@ class ProgressReport:
             self._bar.stop()
             self._bar = None
         elif not self.quiet:
-            self._write(f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {self._detail()}")
+            self._write(f"{self.label}: {self._counts()} {self.unit}, {self._detail()}")
 
     @property
     def rate(self) -> float:
         """Things per second since `start`, those of earlier runs left out."""
         return (self.done - self._skipped) / max(time.monotonic() - self._started, 1e-9)
+
+    def _counts(self) -> str:
+        """`12/60`, or `12` while the total is not known (0)."""
+        return f"{self.done:,}/{self.total:,}" if self.total else f"{self.done:,}"
 
     def _detail(self) -> str:
         left = max(self.total - self.done, 0)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pyarrow as pa
 
@@ -36,7 +36,7 @@ class Attempt:
         self._marker = plan_dir.child(FOLDER, name)
         self.crashed_before = self._marker.exists()
 
-    def __enter__(self) -> Attempt:
+    def __enter__(self) -> Self:
         if not self.crashed_before:
             self._marker.write_bytes(b"")
         return self
@@ -85,7 +85,8 @@ def _run_child(rows: pa.Table, job: Job) -> tuple[pa.Table | None, str]:
     if done.returncode < 0:
         return None, f"crashed with {signal.Signals(-done.returncode).name}"
     raise WorkerError(
-        "a decode process could not do its work: " + (done.stderr.decode(errors="replace").strip()[-400:] or "no message")
+        "a decode process could not do its work: "
+        + (done.stderr.decode(errors="replace").strip()[-400:] or "no message")
     )
 
 

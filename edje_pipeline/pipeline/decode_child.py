@@ -16,7 +16,7 @@ def main() -> None:
     # A library that prints must not end up inside the Arrow stream.
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    job, data = pickle.load(sys.stdin.buffer)  # noqa: S301: the parent is this program
+    job, data = pickle.load(sys.stdin.buffer)  # noqa: S301 (the parent is this program)
     table = ReadDecodeWorker(job).decode(pa.ipc.open_stream(data).read_all())
     with output, pa.ipc.new_stream(output, table.schema) as writer:
         writer.write_table(table)

@@ -174,7 +174,7 @@ def run_extract(config: ExtractConfig, *, say: Callable[[str], None] | None = No
         IndexStateError: the index holds tokens of another model, is locked, or has another unfinished run.
         RejectLimitError, DeviceError, WorkerError, StorageError: finished work stays and is resumed.
     """
-    say = say or _sayer(config.quiet)
+    say = say or stderr_sayer(quiet=config.quiet)
     source = open_source(config.corpus, config.source, options=config.source_options)
     index = Location.parse(config.index)
     existing = find_manifest(index)
@@ -316,7 +316,9 @@ def _dry_run(
     )
 
 
-def _sayer(quiet: bool) -> Callable[[str], None]:
+def stderr_sayer(*, quiet: bool) -> Callable[[str], None]:
+    """Says lines on stderr, or nothing."""
+
     def say(line: str) -> None:
         if not quiet:
             sys.stderr.write(line + "\n")

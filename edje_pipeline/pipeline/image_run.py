@@ -27,13 +27,11 @@ from edje_pipeline.storage.location import Location
 from edje_pipeline.storage.manifest import Manifest
 from edje_pipeline.storage.plan import KnownFilter, PlanInfo, write_plan
 from edje_pipeline.storage.publish import publish
-from edje_pipeline.storage.schema import LISTING_SCHEMA
 from edje_pipeline.storage.sources import Source
 from edje_pipeline.storage.staging import Staging
 
 SMALL_CORPUS_ROWS = 4096
 DEFAULT_BATCH = {"cpu": 16, "cuda": 64}
-ID_SCHEMA = pa.schema([pa.field("image_id", pa.string(), nullable=False)])
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class RunRequest:
     restart: bool = False
     quiet: bool = False
     max_reject_fraction: float | None = None
-    say: Callable[[str], None] = lambda line: None
+    say: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -195,9 +193,7 @@ def small_corpus_size(source: Source, limit: int | None) -> int | None:
     return num
 
 
-def _compute(
-    request: RunRequest, staging: Staging, plan: PlanInfo, outcome: RunOutcome
-) -> tuple[Codec, RunOutcome]:
+def _compute(request: RunRequest, staging: Staging, plan: PlanInfo, outcome: RunOutcome) -> tuple[Codec, RunOutcome]:
     spec = request.choice.model.spec.preprocess
     with executing(request.executor, block_bytes=plan.unit_rows * spec.pixel_bytes) as execution:
         job = make_job(request, staging, plan, execution.machine)
@@ -252,11 +248,9 @@ def require_same_model(existing: Manifest, choice: Choice, index: Location) -> N
     """Raises IndexStateError when new tokens would be of another kind than those in the index."""
     differing = [part for part, value in choice.fingerprints.items() if existing.fingerprints.get(part) != value]
     if differing:
+        stored = existing.head.config
         raise IndexStateError(
             f"the index {index} holds tokens made with another {', '.join(differing)} "
-            f"(its model: {existing.head.config.get('model', '?')}, variant {existing.head.config.get('variant', '?')}); "
+            f"(its model: {stored.get('model', '?')}, variant {stored.get('variant', '?')}); "
             "use `edje-pipeline rebuild` to change it, or another --index"
         )
-
-
-__all__ = ["LISTING_SCHEMA", "ComputeOptions", "RunReport", "RunRequest", "require_same_model", "run_images"]

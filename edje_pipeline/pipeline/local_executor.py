@@ -7,7 +7,7 @@ the same as with ray.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ from edje_pipeline.pipeline.job import Job
 from edje_pipeline.pipeline.stages import Stage
 
 
-def run_local(stages: Sequence[Stage], job: Job, units: pa.Table) -> Iterator[pa.Table]:
+def run_local(stages: Sequence[Stage], job: Job, units: pa.Table) -> Generator[pa.Table, None, None]:
     """Streams the units through the stages.
 
     Args:

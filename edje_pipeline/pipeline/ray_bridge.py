@@ -11,14 +11,17 @@ import hashlib
 import logging
 import os
 import pickle
+import sys
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from edje_pipeline.errors import ConfigError, DeviceError, EdjeError, StorageError, WorkerError
+from edje_pipeline.errors import DeviceError, EdjeError, WorkerError
 from edje_pipeline.pipeline.job import Job
 from edje_pipeline.pipeline.stages import Machine, Stage, available_cpus
 from edje_pipeline.pipeline.workers import UNIT_SCHEMA, Worker
@@ -30,7 +33,6 @@ ACTOR_RESTARTS = 20
 NO_PROGRESS_S = 6 * 3600.0
 PASSED_ON = ("EDJE_", "HF_", "AWS_", "GOOGLE_", "OMP_", "TORCH_", "XDG_CACHE_HOME", "TMPDIR")
 """Prefixes of environment variables that workers on other machines need as well."""
-_SPILL_FREE_BYTES = 2 << 30
 
 # Before ray reads them: no usage report, no metrics agents, results of GPUs hidden only when asked.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -76,15 +78,38 @@ def session(
         import ray
         import ray.data
 
-    is_ours = not ray.is_initialized()
-    try:
-        if is_ours:
-            _start(ray, address, num_cpus, num_gpus, object_store_bytes)
+    if ray.is_initialized():
         _quieten(ray)
         yield _describe(ray, address, num_cpus, num_gpus)
-    finally:
-        if is_ours:
+        return
+    with native_stderr_to_file():
+        try:
+            _start(ray, address, num_cpus, num_gpus, object_store_bytes)
+            _quieten(ray)
+            yield _describe(ray, address, num_cpus, num_gpus)
+        finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def native_stderr_to_file() -> Iterator[None]:
+    """Sends what ray's C++ part writes to file descriptor 2 into a file; Python's stderr stays where it was."""
+    path = Path(tempfile.gettempdir()) / f"edje-ray-{os.getpid()}.log"
+    python_stderr, sys_stderr = os.dup(2), sys.stderr
+    sink = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    os.dup2(sink, 2)
+    os.close(sink)
+    if sys_stderr is sys.__stderr__:
+        sys.stderr = os.fdopen(os.dup(python_stderr), "w", buffering=1)
+    try:
+        yield
+    finally:
+        if sys.stderr is not sys_stderr:
+            sys.stderr.close()
+            sys.stderr = sys_stderr
+        os.dup2(python_stderr, 2)
+        os.close(python_stderr)
+        path.unlink(missing_ok=True)
 
 
 def _start(
@@ -175,7 +200,7 @@ class _Task:
 
 def run_stages(
     stages: Sequence[Stage], job: Job, units: pa.Table, *, block_bytes: int, backpressure_ratio: float = 10.0
-) -> Iterator[pa.Table]:
+) -> Generator[pa.Table, None, None]:
     """Streams the units through the stages on the cluster of the current `session`.
 
     Args:
@@ -208,8 +233,7 @@ def run_stages(
     for number, stage in enumerate(stages):
         dataset = _add(ray, dataset, stage, job, batch_rows=1 if number == 0 else stage.batch_rows)
     try:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield batch
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except ray.exceptions.RayError as error:
         raise _own_error(error) from error
 
@@ -263,12 +287,3 @@ def _plain(error: EdjeError) -> EdjeError:
         if kind.__module__ == EdjeError.__module__:
             return kind(error.message if hasattr(error, "message") else str(error))
     return WorkerError(str(error))
-
-
-def require_some(condition: bool, message: str) -> None:
-    """Raises ConfigError unless `condition`."""
-    if not condition:
-        raise ConfigError(message)
-
-
-__all__ = ["Cluster", "StorageError", "run_stages", "session"]

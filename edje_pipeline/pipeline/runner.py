@@ -11,7 +11,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Literal
@@ -24,8 +24,6 @@ from edje_pipeline.pipeline.metrics import RunMetrics
 from edje_pipeline.pipeline.stages import Machine, Stage, available_cpus, worker_counts
 from edje_pipeline.pipeline.workers import UNIT_SCHEMA
 from edje_pipeline.progress import progress
-from edje_pipeline.storage.faults import crash_point
-from edje_pipeline.storage.rowset import RowSet
 from edje_pipeline.storage.staging import Receipt, Staging
 
 ExecutorName = Literal["ray", "local"]
@@ -54,7 +52,7 @@ class Execution:
     """A running executor: what it found, and how to stream units through stages."""
 
     machine: Machine
-    run: Callable[[Sequence[Stage], Job, pa.Table], Iterator[pa.Table]]
+    run: Callable[[Sequence[Stage], Job, pa.Table], Generator[pa.Table, None, None]]
 
 
 @dataclass
@@ -87,7 +85,7 @@ def executing(options: ExecutorOptions, *, block_bytes: int) -> Iterator[Executi
         options.ray_address, options.num_cpus, options.num_gpus, options.object_store_bytes
     ) as cluster:
 
-        def run(stages: Sequence[Stage], job: Job, units: pa.Table) -> Iterator[pa.Table]:
+        def run(stages: Sequence[Stage], job: Job, units: pa.Table) -> Generator[pa.Table, None, None]:
             return ray_bridge.run_stages(stages, job, units, block_bytes=block_bytes)
 
         yield Execution(cluster.machine, run)
@@ -207,7 +205,7 @@ def interruptible() -> Iterator[None]:
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, stop)
@@ -215,11 +213,3 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def covered_of(ranges: Sequence[tuple[int, int]]) -> RowSet:
-    """A RowSet of ranges."""
-    return RowSet.from_ranges(ranges)
-
-
-__all__ = ["ExecutorOptions", "RunOutcome", "crash_point", "executing", "interruptible", "run_units", "units_of"]

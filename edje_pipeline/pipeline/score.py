@@ -340,7 +340,7 @@ def split(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 def open_trec(target: str | None) -> Iterator[Any]:
     """A function that appends a table to the TREC file; does nothing without one."""
     if target is None:
-        yield lambda table: None
+        yield lambda _: None
         return
     with Location.parse(target).open_atomic() as stream:
         yield lambda table: [

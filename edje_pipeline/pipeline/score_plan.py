@@ -15,6 +15,7 @@ buckets of row groups on disk first; one bucket is the same code without the det
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -178,7 +179,7 @@ def write_plan(
         images = np.add.reduceat(new_image, edges[:-1], dtype=np.int64) if len(places) else np.empty(0, np.int64)
         # The image a cut row group ends with may go on in the next unit: it is read there as well.
         num_images += int(new_image.sum())
-        pieces = (pairs.slice(start, stop - start) for start, stop in zip(edges[:-1], edges[1:], strict=True))
+        pieces = (pairs.slice(start, stop - start) for start, stop in itertools.pairwise(edges))
         _write(plan_dir, f"pairs-{number:05d}", pieces, PAIR_SCHEMA, row_group_rows=int(counts.max(initial=1)))
         units.append(
             pa.table([np.full(len(counts), number), np.arange(len(counts)), counts, images], UNIT_SCHEMA.names).cast(

@@ -64,26 +64,25 @@ class ScoreResult:
 
     def to_text(self) -> str:
         plan, stats, timings = self.manifest["plan"], self.manifest["stats"], self.manifest["timings"]
+        seconds = ", ".join(f"{name[:-2]} {value:.1f}" for name, value in timings.items())
+        inside = ", ".join(f"{name} {stats.get(f'{name}_s', 0):.1f}" for name in ("read", "wait", "score", "write"))
         lines = [
-            f"scored {self.num_pairs:,} pairs of {plan['num_queries']:,} queries and {plan['num_images']:,} images "
-            f"in {format_duration(self.wall_s)}",
-            f"  rate      {self.pairs_per_s:,.1f} pairs/s ({self.manifest['device']}, {self.manifest['precision']})",
+            f"scored {self.num_pairs:,} pairs in {format_duration(self.wall_s)}: "
+            f"{self.pairs_per_s:,.1f} pairs/s ({self.manifest['device']}, {self.manifest['precision']})",
+            f"  for       {plan['num_queries']:,} queries, {plan['num_images']:,} images",
             f"  read      {stats.get('num_rows_read', 0):,.0f} stored images, {format_bytes(stats.get('bytes_read', 0))}",
-            "  seconds   " + ", ".join(f"{name[:-2]} {value:.1f}" for name, value in timings.items()),
-            "  workers   "
-            + ", ".join(
-                f"{name[:-2]} {stats.get(name, 0):.1f} s" for name in ("read_s", "wait_s", "score_s", "write_s")
-            ),
+            f"  seconds   {seconds}",
+            f"  workers   {inside}",
         ]
         if plan["num_duplicates"]:
-            lines.append(f"  repeated  {plan['num_duplicates']:,} candidates repeat a (query, image) pair; scored once")
+            lines.append(f"  repeated  {plan['num_duplicates']:,} candidates repeat a pair, which counts once")
         if plan["num_empty_queries"]:
             shown = ", ".join(plan["empty_queries"][:3])
-            lines.append(f"  no candidates for {plan['num_empty_queries']:,} queries, such as {shown}")
+            lines.append(f"  no candidates for {plan['num_empty_queries']:,} queries, such as {shown:.40}")
         if self.num_missing:
             lines.append(
                 f"  missing   {self.num_missing:,} candidates ({self.missing_fraction:.2%}) of "
-                f"{plan['num_missing_images']:,} images: {self.out}/missing.parquet"
+                f"{plan['num_missing_images']:,} images\n            listed in {self.out}/missing.parquet"
             )
-        lines.append(f"results: {self.manifest['num_results']:,} rows in {self.out}/results/")
+        lines.append(f"results: {self.manifest['num_results']:,} rows\n  {self.out}/results/")
         return "\n".join(lines)

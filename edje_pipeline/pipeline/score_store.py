@@ -12,7 +12,7 @@ receipt is one small file written after its part is durable.
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import json
 import uuid
 from collections.abc import Iterator
@@ -124,7 +124,7 @@ class ScoreStore:
             out.child("staging", run["run_id"]).delete_dir()
         if same:
             return cls(out, same[-1], is_resumed=True)
-        now = datetime.datetime.now(datetime.UTC)
+        now = dt.datetime.now(dt.UTC)
         run = {
             "run_id": f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}",
             "started_at": now.isoformat(timespec="seconds"),
@@ -199,7 +199,7 @@ class ScoreStore:
             "format": FORMAT_NAME,
             "format_version": FORMAT_VERSION,
             "run_id": self.run_id,
-            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "created_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             "fingerprints": self.fingerprints,
             **manifest,
         }

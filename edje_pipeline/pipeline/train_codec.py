@@ -5,6 +5,7 @@ The error is measured on images that were not trained on, whenever the sample al
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -139,14 +140,13 @@ def sample_tokens(index: Index, num_images: int, seed: int = 0) -> np.ndarray:
         for group in range(view.num_row_groups)
     ]
     pieces: list[np.ndarray] = []
-    order = rng.permutation(len(groups))
-    num_groups = min(len(groups), MAX_ROW_GROUPS)
+    # Small groups first: what they cannot give is asked of the larger ones after them.
+    chosen = sorted((groups[i] for i in rng.permutation(len(groups))[:MAX_ROW_GROUPS]), key=lambda found: found[2])
     left = num_images
-    for position, choice in enumerate(order[:num_groups]):
-        shard, group, num_rows = groups[int(choice)]
+    for position, (shard, group, num_rows) in enumerate(chosen):
         first = group * index.shards[shard].row_group_rows
         alive = np.setdiff1d(np.arange(num_rows), index.dead_rows(shard) - first)
-        share = -(-left // (num_groups - position))
+        share = -(-left // (len(chosen) - position))
         rows = np.sort(rng.permutation(alive)[:share])
         if len(rows):
             column = index.read_row_group(shard, group, ["tokens"]).column("tokens")
@@ -183,6 +183,55 @@ def train_from_index(
         )
     tokens = sample_tokens(index, num_images or default_sample_images(stored.num_tokens), seed)
     return train_and_write(tokens, spec, out, seed=seed)
+
+
+def train_from_corpus(
+    corpus: str,
+    model: str,
+    spec: str,
+    out: str | None,
+    *,
+    num_images: int | None = None,
+    seed: int = 0,
+    source: str = "auto",
+    quiet: bool = False,
+) -> TrainCodecResult:
+    """Trains `spec` on the first images of a corpus, extracted into a temporary float16 index.
+
+    Args:
+        corpus: as `extract` takes it.
+        model: directory, `hf:org/name` or bundled name.
+        spec: as in `train_from_index`.
+        out: as in `train_from_index`.
+        num_images: listed images to use; None for `default_sample_images`.
+        seed: of the training.
+        source: kind of the corpus.
+        quiet: no progress.
+
+    Raises:
+        EdjeError: whatever `run_extract` or `train_from_index` raise.
+    """
+    from edje_pipeline.models.checkpoint import open_model
+    from edje_pipeline.pipeline.extract import ExtractConfig, run_extract
+    from edje_pipeline.pipeline.runner import ExecutorOptions
+
+    adapter = open_model(model).spec.adapter
+    payload_bytes_for(spec, num_tokens=adapter.num_compressed_tokens, dim=adapter.output_dim)
+    trained_spec(spec, dim=adapter.output_dim)
+    wanted = num_images or default_sample_images(adapter.num_compressed_tokens)
+    with tempfile.TemporaryDirectory(prefix="edje-codec-") as folder:
+        config = ExtractConfig(
+            corpus=corpus,
+            index=f"{folder}/index",
+            model=model,
+            variant="float16",
+            source=source,
+            limit=wanted,
+            executor=ExecutorOptions(executor="local"),
+            quiet=quiet,
+        )
+        run_extract(config)
+        return train_from_index(config.index, spec, out, num_images=wanted, seed=seed)
 
 
 def train_and_write(tokens: np.ndarray, spec: str, out: str | None, *, seed: int = 0) -> TrainCodecResult:

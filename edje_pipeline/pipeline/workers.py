@@ -6,7 +6,6 @@ units (unit, ranges) -> ReadDecode -> image batches -> Encode -> token batches -
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ READ_CHUNK_ROWS = 64
 class Worker(Protocol):
     """One stage inside one process."""
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+    def __call__(self, table: pa.Table, /) -> Iterator[pa.Table]:
         """Tables out for a table in."""
 
 
@@ -218,8 +217,3 @@ class WriteWorker:
             ).to_pylist()
         ]
         return pa.Table.from_pylist(records, REJECT_SCHEMA)
-
-
-def process_name() -> str:
-    """For messages about a worker."""
-    return f"process {os.getpid()}"

@@ -205,7 +205,7 @@ class Encoder:
             pending.tokens = _to_host(tokens)
             pending.embedding = _to_host(embedding) if embedding is not None else None
             pending.is_finite = _to_host(is_finite)
-            pending.ready = torch.cuda.Event()
+            pending.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             pending.ready.record()
         return pending
 
