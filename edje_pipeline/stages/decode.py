@@ -20,8 +20,9 @@ from PIL import ExifTags, Image, ImageFile
 
 from edje_pipeline.models.spec import PreprocessSpec
 from edje_pipeline.stages.decode_errors import BadDimensionsError, PixelCapError, describe_failure
-from edje_pipeline.stages.image_formats import SLOW_FORMATS, SLOW_MAX_PIXELS, decodable_formats
+from edje_pipeline.stages.image_formats import MAX_PIXELS_OF_FORMAT, decodable_formats
 from edje_pipeline.stages.preprocess import preprocess, resized_size
+from edje_pipeline.stages.quiet_decoders import silence_decoders
 from edje_pipeline.storage.arrow import fixed_binary_from_numpy
 from edje_pipeline.storage.schema import RejectReason, RejectStage, image_batch_schema
 from edje_pipeline.storage.sources.base import ReadFailure
@@ -68,6 +69,7 @@ def decode_batch(
     heights: list[int | None] = [None] * num_rows
     digests: list[bytes | None] = [None] * num_rows
     rejects: list[tuple[RejectStage, RejectReason, str] | None] = [None] * num_rows
+    silence_decoders()
     with _pillow_limits(max_pixels):
         for position, blob in enumerate(blobs):
             if isinstance(blob, ReadFailure):
@@ -150,7 +152,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise BadDimensionsError(f"the header announces {width} x {height} pixels")
-    limit = min(max_pixels, SLOW_MAX_PIXELS) if image.format in SLOW_FORMATS else max_pixels
+    limit = min(max_pixels, MAX_PIXELS_OF_FORMAT.get(image.format or "", max_pixels))
     if width * height > limit:
         raise PixelCapError(f"the header announces {width} x {height} pixels, more than the {limit:,} allowed")
 

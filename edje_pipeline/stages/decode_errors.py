@@ -48,6 +48,10 @@ def describe_failure(error: BaseException, data: bytes) -> tuple[RejectReason, s
     message = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         return _unidentified(data)
+    if isinstance(error, Image.DecompressionBombError):
+        # Raised by Pillow from the header, with a limit in it that is ours halved and doubled again.
+        found = re.search(r"\d+", text)
+        message = f"the header announces {int(found[0]) if found else 0:,} pixels, more than allowed"
     return _reason(error, text), message
 
 
