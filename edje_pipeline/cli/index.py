@@ -132,4 +132,4 @@ def delete(
     from edje_pipeline.storage.snapshots import delete as run
     from edje_pipeline.storage.text_inputs import read_ids
 
-    emit(run(Location.parse(index), read_ids(ids)), format)
+    emit(run(Location.parse(index), read_ids(ids).column("image_id")), format)

@@ -7,18 +7,16 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from edje_pipeline.errors import ConfigError, CorruptionError, UnknownIdError
 from edje_pipeline.storage.arrow import numpy_from_fixed_binary
 from edje_pipeline.storage.codecs import Codec, load_codec
 from edje_pipeline.storage.location import Location
-from edje_pipeline.storage.lookup import LookupReader
+from edje_pipeline.storage.lookup import LookupReader, as_id_array
 from edje_pipeline.storage.manifest import Manifest, read_head, read_manifest
 from edje_pipeline.storage.pages import check_pages
 from edje_pipeline.storage.parquet_io import open_parquet, reading
@@ -116,7 +114,7 @@ class Index:
 
     def locate(self, ids: Sequence[str] | pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
         """Shard number and row in the shard of each id, int32 (n,); -1 where the index has none."""
-        return self._lookup.locate(_id_array(ids))
+        return self._lookup.locate(as_id_array(ids))
 
     @cached_property
     def _lookup(self) -> LookupReader:
@@ -126,7 +124,7 @@ class Index:
         return LookupReader(self.location, lookup_parts(self.location, self.manifest), len(self.shards))
 
     def _locate_all(self, ids: Sequence[str] | pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
-        array = _id_array(ids)
+        array = as_id_array(ids)
         shards, rows = self._lookup.locate(array)
         missing = np.flatnonzero(shards < 0)
         if len(missing):
@@ -171,8 +169,10 @@ class Index:
     def _gather(self, ids: Sequence[str] | pa.StringArray, column: str, width: int) -> np.ndarray:
         shards, rows = self._locate_all(ids)
         out = np.empty((len(shards), width), np.uint8)
+        if not len(shards):
+            return out
         sizes = np.array([entry.row_group_rows for entry in self.shards], np.int32)
-        groups = rows // sizes[shards] if len(shards) else rows
+        groups = rows // sizes[shards]
         order = np.lexsort((rows, groups, shards))
         # Each run of equal (shard, row group) is one read.
         keys = np.stack([shards[order], groups[order]], axis=1)
@@ -254,13 +254,3 @@ class Index:
     def _dead(self) -> tuple[np.ndarray, np.ndarray]:
         table = read_tombstones(self.location, self.manifest)
         return table.column("shard").to_numpy(), table.column("row").to_numpy().astype(np.int64)
-
-
-def _id_array(ids: Any) -> pa.StringArray:
-    if isinstance(ids, str):
-        raise ConfigError("expected a sequence of image_ids, got one string; write [image_id]")
-    if isinstance(ids, pa.ChunkedArray):
-        ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], pa.string())
-    if isinstance(ids, pa.Array):
-        return pc.cast(ids, pa.string())
-    return pa.array(list(ids), pa.string())

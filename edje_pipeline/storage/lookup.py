@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from edje_pipeline.errors import CorruptionError
+from edje_pipeline.errors import ConfigError, CorruptionError
 from edje_pipeline.storage.location import Location
 from edje_pipeline.storage.pages import check_pages
 from edje_pipeline.storage.parquet_io import open_parquet, reading
@@ -156,3 +156,14 @@ class _Texts(Sequence[str]):
 
     def __getitem__(self, position: Any) -> Any:
         return self._array[position].as_py()
+
+
+def as_id_array(ids: Any) -> pa.StringArray:
+    """Image ids as a caller has them (a sequence, an Arrow column) as one string array."""
+    if isinstance(ids, str):
+        raise ConfigError("expected a sequence of image_ids, got one string; write [image_id]")
+    if isinstance(ids, pa.ChunkedArray):
+        ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], pa.string())
+    if isinstance(ids, pa.Array):
+        return pc.cast(ids, pa.string())
+    return pa.array(list(ids), pa.string())

@@ -269,7 +269,7 @@ class _PartWriter:
             self._waiting.append(table)
         while self._num_waiting >= 2 * self._part_rows:
             self._write(self._part_rows)
-        if self._num_waiting >= self._part_rows:
+        if 4 * self._num_waiting >= 3 * self._part_rows:  # ranges cut from a sample are a little smaller or larger
             self.flush()
 
     def reuse(self, part: LookupPart, read: Callable[[], pa.Table]) -> None:

@@ -309,7 +309,7 @@ def find_manifest(index: Location) -> Manifest | None:
     location = index.child(MANIFEST_NAME)
     try:
         value = read_json(location)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return Manifest.from_dict(value, str(location))
 

@@ -119,7 +119,7 @@ def reading(location: Location, what: str = "file", *, absent_is_damage: bool = 
         yield
     except EdjeError:
         raise
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if not absent_is_damage:
             raise
         raise CorruptionError(

@@ -54,7 +54,7 @@ class ShardEntry:
     min_id: str
     max_id: str
     num_live_rows: int = -1
-    """Rows that no tombstone names; -1 in a receipt, where all are live."""
+    """Rows that no tombstone names; -1 where nobody said, which means all of them."""
 
     @property
     def live_rows(self) -> int:
@@ -132,6 +132,7 @@ def write_shard(
         sha256=written.sha256,
         min_id=bounds["min"].as_py(),
         max_id=bounds["max"].as_py(),
+        num_live_rows=table.num_rows,
     )
 
 

@@ -18,6 +18,7 @@ from edje_pipeline.progress import format_bytes
 from edje_pipeline.storage.cleanup import remove_file
 from edje_pipeline.storage.location import Location
 from edje_pipeline.storage.lock import IndexLock
+from edje_pipeline.storage.lookup import as_id_array
 from edje_pipeline.storage.lookup_build import Removal
 from edje_pipeline.storage.manifest import Manifest, read_head, read_manifest
 from edje_pipeline.storage.publish import Change, commit, swap_manifest
@@ -219,7 +220,7 @@ def _remove_empty_folders(index: Location, names: list[str]) -> None:
             folder.rmdir()
 
 
-def delete(index: Location, image_ids: Sequence[str] | pa.StringArray) -> DeleteResult:
+def delete(index: Location, image_ids: Sequence[str] | pa.StringArray | pa.ChunkedArray) -> DeleteResult:
     """Takes images (and rejects) out of the index by their ids: a new snapshot with tombstones.
 
     Ids that the index does not hold are reported; when it holds none of them nothing is published.
@@ -228,8 +229,7 @@ def delete(index: Location, image_ids: Sequence[str] | pa.StringArray) -> Delete
         IndexNotFoundError: nothing is published there.
         IndexLockedError: another run holds the index.
     """
-    ids = image_ids if isinstance(image_ids, pa.Array) else pa.array(list(image_ids), pa.string())
-    ids = pc.unique(ids)
+    ids = pc.unique(as_id_array(image_ids))
     read_manifest(index)
     with IndexLock(index, purpose="delete") as lock:
         finish_published(index)
