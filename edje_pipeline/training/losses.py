@@ -1,0 +1,62 @@
+"""Every part of the training objective as a function of tensors. (Paper section 3.4.)
+
+Shape letters: B positives, K negatives of one positive, P pairs, T masked text positions, V vocabulary,
+C embedding width. All are computed in float32 and return a scalar.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EXCLUDED = float("-inf")
+
+
+def itm_loss(logits_bk: Tensor, is_valid_bk: Tensor) -> Tensor:
+    """Image-text matching: cross-entropy of the positive in column 0 against the negatives behind it.
+
+    Args:
+        logits_bk: (B, 1 + K).
+        is_valid_bk: bool (B, 1 + K); False where no admissible negative was found. Column 0 is True.
+    """
+    logits = logits_bk.float().masked_fill(~is_valid_bk, EXCLUDED)
+    return -logits.log_softmax(dim=1)[:, 0].mean()
+
+
+def mlm_loss(logits_tv: Tensor, labels_t: Tensor) -> Tensor:
+    """Masked language modelling: mean cross-entropy over the masked positions."""
+    return F.cross_entropy(logits_tv.float(), labels_t)
+
+
+def recovery_loss(projected_bc: Tensor, target_bc: Tensor) -> Tensor:
+    """Text-embedding recovery: mean of 1 - cos(projection of [CLS] on text alone, frozen text embedding)."""
+    return (1 - F.cosine_similarity(projected_bc.float(), target_bc.float(), dim=-1)).mean()
+
+
+def distillation_loss(student_p: Tensor, teacher_p: Tensor) -> Tensor:
+    """Binary cross-entropy of the student's logits against the sigmoid of the local teacher's."""
+    return F.binary_cross_entropy_with_logits(student_p.float(), teacher_p.float().sigmoid())
+
+
+def contrastive_loss(
+    image_bc: Tensor, text_gc: Tensor, is_same_bg: Tensor, target_b: Tensor, temperature: float
+) -> Tensor:
+    """InfoNCE of read image tokens against frozen text embeddings, both directions where they are square.
+
+    Args:
+        image_bc: (B, C) embeddings of this worker's images; normalised here.
+        text_gc: (G, C) text embeddings of the gathered batch, unit length.
+        is_same_bg: bool (B, G), True where image and text belong together by image or caption; all but
+            the target are left out of the sum.
+        target_b: (B,) int64, column of each image's own text.
+        temperature: divides the cosines.
+    """
+    scores = F.normalize(image_bc.float(), dim=-1) @ text_gc.float().T / temperature
+    own = F.one_hot(target_b, scores.shape[1]).bool()
+    scores = scores.masked_fill(is_same_bg & ~own, EXCLUDED)
+    positive = scores.gather(1, target_b[:, None])[:, 0]
+    per_image = (torch.logsumexp(scores, dim=1) - positive).mean()
+    # Texts against this worker's images: other workers' images are not known with gradients here.
+    per_text = (torch.logsumexp(scores[:, target_b], dim=0) - positive).mean()
+    return (per_image + per_text) / 2

@@ -1,0 +1,181 @@
+"""Where a training step gets its vision tokens from: an index of raw tokens, the images themselves, or a cache.
+
+The backbone is frozen, so its tokens never change: with an index of variant `raw`, or with the cache
+that `cache_tokens` writes, an epoch costs no vision forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from edje_pipeline.errors import ConfigError, InputFileError, ShapeMismatchError
+from edje_pipeline.models.backbone import Backbone
+from edje_pipeline.stages.decode import decode_batch
+from edje_pipeline.storage.arrow import numpy_from_fixed_binary
+from edje_pipeline.storage.index import Index
+from edje_pipeline.storage.location import Location, fsync_dir
+from edje_pipeline.storage.sources import SourceOptions, open_source, read_images
+
+BATCH_IMAGES = 64
+
+
+class TokenSource(Protocol):
+    """Vision tokens of a fixed list of images, by position in that list.
+
+    Shape letters: n images asked for, N vision tokens, D backbone width, R pooled width.
+    """
+
+    image_ids: Sequence[str]
+
+    def tokens(self, positions: np.ndarray) -> np.ndarray:
+        """(n,) int64 -> (n, N, D) float16 or float32."""
+
+    def pooled(self, positions: np.ndarray) -> np.ndarray | None:
+        """(n,) -> the backbone's pooled vectors before any map or normalisation, float32 (n, R); None: not known."""
+
+
+class IndexTokens:
+    """An index of variant `raw`."""
+
+    def __init__(self, index: Index, backbone_width: int, num_vision_tokens: int, pooling: str = "") -> None:
+        """Args: index: an open one. backbone_width, num_vision_tokens: of the model. pooling: its embedding kind.
+
+        Raises:
+            ShapeMismatchError: the index holds tokens of another shape, e.g. compressed ones.
+        """
+        spec = index.manifest.tokens
+        if (spec.num_tokens, spec.dim) != (num_vision_tokens, backbone_width):
+            raise ShapeMismatchError(
+                f"{index.location} holds {spec.num_tokens} x {spec.dim} tokens an image, the backbone gives "
+                f"{num_vision_tokens} x {backbone_width}; train from an index made with --variant raw and this model"
+            )
+        self.index = index
+        self.image_ids: Sequence[str] = index.ids()
+        self._pooling = pooling
+        self._width = backbone_width
+
+    def tokens(self, positions: np.ndarray) -> np.ndarray:
+        return self.index.tokens([self.image_ids[int(position)] for position in positions])
+
+    def pooled(self, positions: np.ndarray) -> np.ndarray | None:
+        """Known for mean pooling, and for [CLS] + mean where the stored embedding is that vector at unit length:
+        its mean half is known from the tokens, which gives the length back."""
+        if self._pooling not in ("mean", "cls_mean"):
+            return None
+        parts = [self.tokens(positions[start : start + BATCH_IMAGES]).astype(np.float32).mean(axis=1)
+                 for start in range(0, len(positions), BATCH_IMAGES)]  # fmt: skip
+        mean = np.concatenate(parts)
+        if self._pooling == "mean":
+            return mean
+        if self.index.manifest.embedding_dim != 2 * self._width:
+            return None
+        unit = self.index.embeddings([self.image_ids[int(position)] for position in positions])
+        length = np.linalg.norm(mean, axis=1) / np.linalg.norm(unit[:, self._width :], axis=1)
+        return unit * length[:, None]
+
+
+class ImageTokens:
+    """The images themselves, through the backbone every time they are asked for."""
+
+    def __init__(self, corpus: str, backbone: Backbone, *, kind: str = "auto", device: str = "cpu") -> None:
+        """Args: corpus, kind: as for extraction. backbone: frozen. device: where it runs."""
+        source = open_source(corpus, kind, options=SourceOptions())
+        self._listing = pa.Table.from_batches(list(source.list_batches()))
+        self._source = source.to_dict()
+        self.image_ids: Sequence[str] = self._listing.column("image_id").to_pylist()
+        self._backbone = backbone.to(device)
+        self._device = torch.device(device)
+
+    def tokens(self, positions: np.ndarray) -> np.ndarray:
+        return self.both(positions)[0]
+
+    def pooled(self, positions: np.ndarray) -> np.ndarray | None:
+        parts = [
+            self.both(positions[start : start + BATCH_IMAGES])[1] for start in range(0, len(positions), BATCH_IMAGES)
+        ]
+        found = [part for part in parts if part is not None]
+        return np.concatenate(found) if len(found) == len(parts) and found else None
+
+    @torch.inference_mode()
+    def both(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens and pooled vectors of one pass.
+
+        Raises:
+            InputFileError: an image cannot be read or decoded; names it and why.
+        """
+        listed = self._listing.take(pa.array(positions))
+        rows = listed.add_column(0, "row", pa.array(positions, pa.int64()))
+        decoded = decode_batch(rows, read_images(self._source, rows), self._backbone.preprocess)
+        for image_id, message in zip(
+            decoded["image_id"].to_pylist(), decoded["reject_message"].to_pylist(), strict=True
+        ):
+            if message is not None:
+                raise InputFileError(
+                    f"image {image_id!r} cannot be used for training: {message}; "
+                    "fix it, remove it, or train from an index, which leaves such images out"
+                )
+        height, width = self._backbone.preprocess.image_size
+        pixels = numpy_from_fixed_binary(decoded["pixels"]).reshape(-1, height, width, 3)
+        values = self._backbone.normalise(torch.from_numpy(pixels.copy()).to(self._device))
+        tokens, pooled = self._backbone.trunk(values.to(self._backbone.dtype))
+        return tokens.half().cpu().numpy(), None if pooled is None else pooled.float().cpu().numpy()
+
+
+class CachedTokens:
+    """Tokens on disk, memory-mapped; see `cache_tokens`."""
+
+    def __init__(self, directory: Path, image_ids: Sequence[str]) -> None:
+        self.image_ids = image_ids
+        self._tokens = np.load(directory / "tokens.npy", mmap_mode="r")
+        path = directory / "pooled.npy"
+        self._pooled = np.load(path, mmap_mode="r") if path.exists() else None
+
+    def tokens(self, positions: np.ndarray) -> np.ndarray:
+        return np.asarray(self._tokens[positions])
+
+    def pooled(self, positions: np.ndarray) -> np.ndarray | None:
+        return None if self._pooled is None else np.asarray(self._pooled[positions])
+
+
+def cache_tokens(source: ImageTokens, directory: Path, fingerprint: str) -> CachedTokens:
+    """Passes every image through the backbone once and keeps the tokens as float16 in `directory`.
+
+    Args:
+        source: the images.
+        directory: kept and used again while `fingerprint` is the same.
+        fingerprint: of backbone, preprocessing and list of images.
+    """
+    marker = directory / "fingerprint"
+    if marker.exists() and marker.read_text() == fingerprint:
+        return CachedTokens(directory, source.image_ids)
+    directory.mkdir(parents=True, exist_ok=True)
+    marker.unlink(missing_ok=True)
+    total = len(source.image_ids)
+    if not total:
+        raise ConfigError("the corpus has no image to train on")
+    pooled_parts: list[np.ndarray] = []
+    tokens: np.ndarray | None = None
+    for start in range(0, total, BATCH_IMAGES):
+        part, pooled = source.both(np.arange(start, min(start + BATCH_IMAGES, total)))
+        if tokens is None:
+            tokens = np.lib.format.open_memmap(
+                directory / "tokens.npy", mode="w+", dtype=np.float16, shape=(total, *part.shape[1:])
+            )
+        tokens[start : start + len(part)] = part
+        if pooled is not None:
+            pooled_parts.append(pooled)
+    assert isinstance(tokens, np.memmap)
+    tokens.flush()
+    (directory / "pooled.npy").unlink(missing_ok=True)
+    if pooled_parts:
+        np.save(directory / "pooled.npy", np.concatenate(pooled_parts))
+    fsync_dir(directory)
+    # Written last: a cache without it is not used.
+    Location.parse(marker).write_bytes(fingerprint.encode())
+    return CachedTokens(directory, source.image_ids)
