@@ -29,6 +29,18 @@ from edje_pipeline.storage.parquet_io import hash_file
 FORMAT_NAME = "edje-scores"
 FORMAT_VERSION = 1
 MAX_RECEIPT_BYTES = 1 << 20
+CRASH_POINTS = (
+    "score.created",
+    "score.planned",
+    "score.computed",
+    "score.journal",
+    "score.journalled",
+    "score.results",
+    "score.publish",
+    "score.published",
+    "score.tidying",
+)
+"""Points at which a test may kill a scoring run (see `storage.faults`), in the order of a run."""
 
 
 @dataclass(frozen=True)

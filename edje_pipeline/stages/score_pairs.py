@@ -11,6 +11,7 @@ n pairs, B pairs of a batch, T distinct texts, L tokens of a text.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -80,6 +81,8 @@ def length_batches(lengths: np.ndarray, max_tokens: int, num_image_tokens: int) 
     Yields:
         (start, stop, length)
     """
+    if not len(lengths):
+        return
     starts = np.flatnonzero(np.diff(lengths, prepend=-1))
     stops = np.append(starts[1:], len(lengths))
     for first, last in zip(starts.tolist(), stops.tolist(), strict=True):
@@ -87,7 +90,7 @@ def length_batches(lengths: np.ndarray, max_tokens: int, num_image_tokens: int) 
         most = max(1, max_tokens // (length + num_image_tokens + 1))
         num_batches = -(-(last - first) // most)
         edges = np.linspace(first, last, num_batches + 1).astype(np.int64).tolist()
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in itertools.pairwise(edges):
             yield start, stop, length
 
 

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from edje_pipeline.errors import ConfigError
+from edje_pipeline.stages.score_pairs import PairScorer, TextTokens, length_batches, resolve_precision
+from edje_pipeline.storage.codecs import resolve
+from tests.index_util import random_tokens
+from tests.score_util import tiny_model
+
+
+def make_scorer(**options: object) -> PairScorer:
+    codec = resolve("float16", num_tokens=4, dim=32)
+    return PairScorer(tiny_model().load_joint_encoder(), codec, device="cpu", **options)  # type: ignore[arg-type]
+
+
+def padded(scorer: PairScorer, lists: list[list[int]], tokens: np.ndarray) -> np.ndarray:
+    width = max(map(len, lists))
+    input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in lists])
+    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in lists])
+    with torch.inference_mode():
+        return scorer.encoder.forward_padded(input_ids, mask, torch.from_numpy(tokens).float()).numpy()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
+def test_scores_equal_one_padded_batch(batch_tokens: int) -> None:
+    rng = np.random.default_rng(0)
+    tokens = random_tokens(6, 4, 32)
+    lists = [[2, *rng.integers(5, 60, length).tolist(), 3] for length in (1, 1, 4, 9, 4, 2)]
+    images, texts = rng.integers(0, 6, 50), rng.integers(0, 6, 50)
+    scorer = make_scorer(batch_tokens=batch_tokens)
+    found = scorer.score(scorer.codec.encode(tokens), images, TextTokens.from_lists(lists), texts)
+    expected = padded(scorer, [lists[n] for n in texts], tokens[images])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_no_pairs() -> None:
+    scorer = make_scorer()
+    nothing = np.empty(0, np.int64)
+    found = scorer.score(np.empty((0, 256), np.uint8), nothing, TextTokens.from_lists([]), nothing)
+    assert found.shape == (0,)
+    assert found.dtype == np.float32
+
+
+def test_text_tokens_keep_every_list() -> None:
+    lists = [[1, 2, 3], [4], [], [5, 6, 7]]
+    texts = TextTokens.from_lists(lists)
+    assert len(texts) == 4
+    assert texts.lengths.tolist() == [3, 1, 0, 3]
+    assert texts.rows(np.array([3, 0, 3]), 3).tolist() == [[5, 6, 7], [1, 2, 3], [5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "expected"),
+    [
+        ([3, 3, 3, 5], 100, [(0, 3, 3), (3, 4, 5)]),
+        ([3, 3, 3, 3, 3], 32, [(0, 2, 3), (2, 5, 3)]),  # 8 tokens a pair: four a batch fit; 2 + 3, not 4 + 1
+        ([7], 1, [(0, 1, 7)]),  # one pair always fits
+        ([], 10, []),
+    ],
+)
+def test_length_batches(lengths: list[int], max_tokens: int, expected: list[tuple[int, int, int]]) -> None:
+    assert list(length_batches(np.array(lengths, np.int64), max_tokens, 4)) == expected
+
+
+def test_precision_follows_the_device() -> None:
+    assert resolve_precision(None, torch.device("cpu")) == "float32"
+    assert resolve_precision("bfloat16", torch.device("cpu")) == "bfloat16"
+    with pytest.raises(ConfigError, match="expected one of float32, bfloat16"):
+        resolve_precision("float8", torch.device("cpu"))
