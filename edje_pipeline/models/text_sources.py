@@ -125,7 +125,8 @@ def sentence_text_tower(bert_directory: Path, *, max_tokens: int = 256) -> TextT
     tokenizer_path = bert_directory / "tokenizer.json"
     if not tokenizer_path.is_file():
         raise ModelNotFoundError(f"no tokenizer.json in {bert_directory}")
-    spec = TextTowerSpec("sentence_map", bert.width, {"bert": asdict(bert), "map": False, "max_tokens": max_tokens})
+    options = {"bert": asdict(bert), "map": False, "max_tokens": min(max_tokens, bert.max_positions)}
+    spec = TextTowerSpec("sentence_map", bert.width, options)
     tower = create_text_tower(spec, tokenizer_json=tokenizer_path.read_bytes())
     heads = ("pooler.", "classifier.")
     encoder = {name: tensor for name, tensor in tensors.items() if not name.startswith(heads)}

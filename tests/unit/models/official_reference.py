@@ -12,7 +12,11 @@ WIDTH, VISION_WIDTH, PATCH, GRID = 48, 32, 8, 4
 MLP_DIM = 56
 NUM_LATENTS = 5
 IMAGE_TOKEN = "<image>"
-PIECES = ["a", "the", "red", "green", "blue", "apple", "pear", "dog", "cat", "man", "woman", "child", "is", "on", "under", "table", "street", "snow", "two", "three", "old", "tiny", "##s", "##ing", "run", "jump", "sit", "hold", "ball", "boat", "tree", "house", "!", "?", ",", ".", "-", "e", "i", "o", "u", "x", "y", "z", "##a", "##b", "##e", "##o", "##x"]
+WORDS = (
+    "a the red green blue apple pear dog cat man woman child is on under table street snow two three old tiny "
+    "##s ##ing run jump sit hold ball boat tree house ! ? , . - e i o u x y z ##a ##b ##e ##o ##x"
+)
+PIECES = tuple(WORDS.split(" "))
 
 
 class LatentAdapter(nn.Module):
