@@ -51,6 +51,7 @@ class ProgressReport:
     _started: float = field(default_factory=time.monotonic)
     _skipped: int = 0
     _last_line: float = 0.0
+    _shown: int = -1
     _bar: Progress | None = None
     _task: TaskID | None = None
 
