@@ -106,13 +106,16 @@ class Location:
     # -- reading ---------------------------------------------------------------------------------
 
     def exists(self) -> bool:
-        return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
+        with reach_errors(self):
+            return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
 
     def is_dir(self) -> bool:
-        return self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory
+        with reach_errors(self):
+            return self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory
 
     def size_bytes(self) -> int:
-        info = self.filesystem.get_file_info(self.path)
+        with reach_errors(self):
+            info = self.filesystem.get_file_info(self.path)
         if info.type == pafs.FileType.NotFound:
             raise FileNotFoundError(f"{self} does not exist")
         return int(info.size)
@@ -138,10 +141,12 @@ class Location:
         """Files below this directory sorted by path; an absent directory has none."""
         base = self.path.rstrip("/")
         selector = pafs.FileSelector(base, recursive=recursive, allow_not_found=True)
+        with reach_errors(self):
+            infos = self.filesystem.get_file_info(selector)
         return sorted(
             (
                 FileEntry(info.path[len(base) + 1 :], int(info.size))
-                for info in self.filesystem.get_file_info(selector)
+                for info in infos
                 if info.type == pafs.FileType.File
             ),
             key=lambda entry: entry.path,
@@ -151,9 +156,9 @@ class Location:
         """Names of the directories directly below this one, sorted."""
         base = self.path.rstrip("/")
         selector = pafs.FileSelector(base, recursive=False, allow_not_found=True)
-        return sorted(
-            info.base_name for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.Directory
-        )
+        with reach_errors(self):
+            infos = self.filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -213,6 +218,22 @@ def fsync_dir(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def reach_errors(location: Location) -> Iterator[None]:
+    """Turns a lost connection to an object store into one line; a disk's errors pass as they are."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if location.is_local or isinstance(error, StorageError):
+            raise
+        reason = (str(error).splitlines() or ["no reason given"])[0][:300]
+        raise StorageError(
+            f"cannot reach {location}: {reason}; run the same command again when it is reachable"
+        ) from error
 
 
 @contextlib.contextmanager
