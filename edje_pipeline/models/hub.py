@@ -117,7 +117,7 @@ def bundled(name: str) -> Path:
             continue
         try:
             write_random_model(directory, name=name, **BUNDLED[name])  # type: ignore[arg-type]
-        except OSError:
+        except (ModelError, OSError):
             # Another process made it in the meantime; otherwise the error is real.
             if not (directory / "config.json").is_file():
                 raise

@@ -84,7 +84,7 @@ def save_model(
             fsync_dir(temporary)
         open_directory(temporary)
         with storage_errors(Location.parse(target)):
-            _swap_in(temporary, target)
+            _swap_in(temporary, target, overwrite=overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return open_directory(target)
@@ -119,10 +119,13 @@ def _write(path: Path, value: Any) -> None:
         os.fsync(stream.fileno())
 
 
-def _swap_in(temporary: Path, target: Path) -> None:
-    """Renames into place; an existing model moves aside first and is removed last."""
+def _swap_in(temporary: Path, target: Path, *, overwrite: bool) -> None:
+    """Renames into place; an existing model moves aside first and is removed last.
+
+    Without `overwrite` the rename itself fails when somebody else has written there meanwhile.
+    """
     old = None
-    if target.exists():
+    if overwrite and target.exists():
         old = target.parent / f".old-{uuid.uuid4().hex}-{target.name[-80:]}"
         target.rename(old)
     try:

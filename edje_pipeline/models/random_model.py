@@ -89,6 +89,8 @@ def write_random_model(
     Raises:
         ConfigError: an unknown size.
     """
+    import torch
+
     from edje_pipeline.models.backbone import create_backbone, describe
 
     if size not in SIZES:
@@ -117,10 +119,12 @@ def write_random_model(
         mlp_dim=sizes.adapter_mlp_dim,
         norm_eps=backbone_spec.norm_eps,
     )
-    trunk = create_backbone(backbone_spec, None, preprocess=preprocess)
     tower_spec, tower = None, None
-    if text_tower and backbone_spec.embedding_dim:
-        tower_spec, tower = _text_tower(joint_spec, backbone_spec.embedding_dim, tokenizer, seed)
+    # Modules draw initial weights that are replaced here; the caller's generator shall not notice.
+    with torch.random.fork_rng(devices=[]):
+        trunk = create_backbone(backbone_spec, None, preprocess=preprocess)
+        if text_tower and backbone_spec.embedding_dim:
+            tower_spec, tower = _text_tower(joint_spec, backbone_spec.embedding_dim, tokenizer, seed)
     return save_model(
         directory,
         ModelSpec(name or f"random-{size}", backbone_spec, preprocess, adapter_spec, joint_spec, tower_spec),

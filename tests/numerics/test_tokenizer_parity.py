@@ -21,13 +21,17 @@ MAX_TEXT = 64
 def odd_texts():
     return [
         "", " ", "\n\t  \r\n", "a", "A red APPLE on the table.", "café naïve Ångström ÉCOLE", "cafe\u0301 (combining)",
-        "红苹果和绿梨", "日本語のテキスト、東京", "한국어 문장", "emoji 🍎🍏 👩‍👩‍👧‍👦 🇩🇪", "\x00null\x07bell\x1besc\x7f", "zero\u200bwidth\ufeff",
+        "红苹果和绿梨", "日本語のテキスト、東京", "한국어 문장", "emoji 🍎🍏 👩‍👩‍👧‍👦 🇩🇪",
+        "\x00null\x07bell\x1besc\x7f", "zero\u200bwidth\ufeff",
         "soft\u00adhyphen", "nbsp\u00a0here", "line\u2028sep", "\ufffd\ufffd", "Straße ẞ ﬁ ligature ½ ²", "İstanbul ı",
-        "x" * 99, "x" * 100, "x" * 101, "y" * 5000, "word " * 5000, "don't can't it's", "a-b_c/d\\e|f", "$1,234.56 50% #1 @me",
+        "x" * 99, "x" * 100, "x" * 101, "y" * 5000, "word " * 5000, "don't can't it's", "a-b_c/d\\e|f",
+        "$1,234.56 50% #1 @me",
         "مرحبا بالعالم", "שלום עולם", "नमस्ते दुनिया", "ไทย", "Ελληνικά ΣΑΣ", "Привет, мир", "\u0301\u0302", "…—–“”‘’",
-        "[SEP]", "[CLS] in the text [SEP] twice [SEP]", "[MASK] [PAD] [UNK]", "[sep]", "<image>", "<image><image> a <image> b",
+        "[SEP]", "[CLS] in the text [SEP] twice [SEP]", "[MASK] [PAD] [UNK]", "[sep]", "<image>",
+        "<image><image> a <image> b",
         "a<image>b", "<IMAGE>", " <image> ", "< image >", "a [SEP]b", "##ing ##s", "https://example.com/a?b=c&d=e",
-        "𝕳𝖊𝖑𝖑𝖔 𐍈", "👍🏽", "\ue000private", "tab\tseparated", "many     spaces", "MiXeD CaSe WoRdS", "a" + "\u0300" * 50,
+        "𝕳𝖊𝖑𝖑𝖔 𐍈", "👍🏽", "\ue000private", "tab\tseparated", "many     spaces", "MiXeD CaSe WoRdS",
+        "a" + "\u0300" * 50,
         " ".join(["apple"] * 60), " ".join(["apple"] * 61), " ".join(["apple"] * 62), " ".join(["apples"] * 31),
     ]  # fmt: skip
 
@@ -36,7 +40,8 @@ def varied_texts():
     """The odd ones, then seeded mixtures of words, alphabets, punctuation and raw code points."""
     generator = random.Random(7)
     ranges = [(0x20, 0x7F), (0, 0x20), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x590, 0x700), (0x900, 0x980),
-              (0x2000, 0x2070), (0x2190, 0x2400), (0x3000, 0x3100), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xF900, 0xFB00),
+              (0x2000, 0x2070), (0x2190, 0x2400), (0x3000, 0x3100), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3),
+              (0xF900, 0xFB00),
               (0xFE00, 0x10000 - 2), (0x1F300, 0x1FAFF), (0x20000, 0x20100)]  # fmt: skip
     texts = odd_texts()
     for _ in range(NUM_RANDOM_TEXTS):
