@@ -17,7 +17,8 @@ from edje_pipeline.storage.codecs import Codec, Float16Codec, Int4Codec, Int8Cod
 from edje_pipeline.storage.codecs.float16 import MAX_MAGNITUDE
 from edje_pipeline.storage.codecs.integer import MAX_HALF
 
-_CHUNK_TOKENS = 8192
+_CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
+"""Tokens scored against all centroids at once: caches on a CPU, full occupancy on a GPU."""
 
 
 class Quantizer(nn.Module):
@@ -122,7 +123,12 @@ class ProductQuantizer(Quantizer):
 
     def encode(self, values_nme: Tensor) -> Tensor:
         centred_te = (values_nme - self.mean_me).flatten(0, 1)
-        return torch.cat([self._assign(chunk_te) for chunk_te in torch.split(centred_te, _CHUNK_TOKENS)])
+        return torch.cat(
+            [
+                self._assign(chunk_te)
+                for chunk_te in torch.split(centred_te, _CHUNK_TOKENS.get(centred_te.device.type, 8192))
+            ]
+        )
 
     def _assign(self, centred_te: Tensor) -> Tensor:
         rotated_te = centred_te if self.rotation_ee is None else centred_te @ self.rotation_ee

@@ -16,8 +16,8 @@ from edje_pipeline.storage.codecs.integer import MAX_HALF
 
 NUM_CENTROIDS = 256
 """Of a subspace: one byte."""
-_CHUNK_TOKENS = 2048
-"""Tokens scored against all centroids at once: 2048 x 16 x 256 float32 are 34 MB."""
+_CHUNK_TOKENS = 256
+"""Tokens scored against all centroids at once: 256 x 16 x 256 float32 are 4 MB, near the caches."""
 
 
 @dataclass(frozen=True)
