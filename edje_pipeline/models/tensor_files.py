@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from edje_pipeline.errors import ModelError, ModelNotFoundError, ShapeMismatchEr
 
 MAX_LISTED_KEYS = 20
 """Of each kind of problem in one message: a wrong file differs in hundreds of keys and ten tell the story."""
+
+DAMAGED = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, struct.error)
+"""What the restricted unpickler raises for bytes that are no pickle, besides UnpicklingError."""
 
 SAFETENSORS_SUFFIX = ".safetensors"
 
@@ -58,15 +63,19 @@ def read_object(path: Path) -> Any:
         except (safetensors.SafetensorError, ValueError) as error:
             raise ModelError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # A file that is no state dict may use a pickle protocol that torch warns about before it fails.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path} holds more than tensors and plain values, which this program does not read because it could "
             f"run code; save its state dict alone, or convert it to safetensors ({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except DAMAGED as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
-            f"{path} is not a torch.save file ({str(error).splitlines()[0]}); expected .safetensors, .pt, .pth or .bin"
+            f"{path} is not a torch.save file ({reason}); expected .safetensors, .pt, .pth or .bin"
         ) from error
 
 
