@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edje_pipeline.errors import FormatVersionError, ModelError, ModelNotFoundError, ShapeMismatchError
+from edje_pipeline.errors import ModelError, ModelNotFoundError, ShapeMismatchError
 from edje_pipeline.models.layout import Shapes, adapter_shapes, joint_encoder_shapes
 from edje_pipeline.models.model_files import (
     FileRecord,
@@ -179,7 +179,7 @@ def open_model(text: str | Path) -> ModelDirectory:
     """Opens what `--model` names: a directory, `hf:org/name[@revision]`, or a bundled name.
 
     Raises:
-        ModelNotFoundError, ModelError, ShapeMismatchError, FormatVersionError: see `open_directory`.
+        ModelNotFoundError, ModelError, ShapeMismatchError: see `open_directory`.
     """
     from edje_pipeline.models.hub import resolve
 
@@ -191,9 +191,8 @@ def open_directory(directory: Path) -> ModelDirectory:
 
     Raises:
         ModelNotFoundError: no such directory, or a file is missing.
-        FormatVersionError: written by a newer version of this program.
         ShapeMismatchError: tensors differ from the spec, or two parts do not fit; lists everything.
-        ModelError: damaged or incomplete.
+        ModelError: damaged, incomplete, or of another format version.
     """
     if not directory.is_dir():
         raise ModelNotFoundError(f"no model directory at {directory}")
@@ -208,7 +207,7 @@ def open_directory(directory: Path) -> ModelDirectory:
         )
     version = config.get("format_version")
     if version != FORMAT_VERSION:
-        raise FormatVersionError(
+        raise ModelError(
             f"{where} has format version {version!r}, this program reads {FORMAT_VERSION}; upgrade edje-pipeline"
         )
     files = _read_records(config.get("files"), where)

@@ -98,9 +98,8 @@ def open_in_a_process(model, home, **environment):
         "try:\n    print(open_model(sys.argv[1]).path)\n"
         "except EdjeError as error:\n    print(type(error).__name__, error)\n"
     )
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "http", "HTTP", "all_", "ALL_"))
-    }
+    foreign = ("HF_", "http", "HTTP", "all_", "ALL_")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     variables = clean | {
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -180,6 +179,18 @@ def test_bundled_models_are_made_once(tmp_path, monkeypatch):
     stamp = (first.path / "config.json").stat().st_mtime_ns
     assert open_model("random-tiny") == first
     assert (first.path / "config.json").stat().st_mtime_ns == stamp
+
+
+def test_a_bundled_model_that_another_process_makes_meanwhile(tmp_path, monkeypatch):
+    def made_by_both(directory, **arguments):
+        made.append(write_random_model(directory, **arguments))
+        return write_random_model(directory, **arguments)
+
+    made = []
+    monkeypatch.setenv("EDJE_CACHE", str(tmp_path))
+    monkeypatch.setattr("edje_pipeline.models.random_model.write_random_model", made_by_both)
+    assert open_model("random-tiny") == made[0]
+    assert [path.name for path in made[0].path.parent.iterdir()] == [made[0].path.name]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
