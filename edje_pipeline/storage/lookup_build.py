@@ -31,9 +31,15 @@ from edje_pipeline.storage.snapshot_files import (
     LookupPart,
 )
 
-PART_ROWS = 1_000_000
-GROUP_ROWS = 2_000_000
-SAMPLE_IDS = 200_000
+MIN_PART_ROWS = 131_072
+MAX_PART_ROWS = 1_000_000
+NUM_PARTS_AIM = 256
+SAMPLE_PER_PART = 100
+
+
+def part_rows_for(num_rows: int) -> int:
+    """Ids of a lookup file: few enough to merge in little memory, many enough to keep files and seeks few."""
+    return min(max(MIN_PART_ROWS, num_rows // NUM_PARTS_AIM), MAX_PART_ROWS)
 
 
 @dataclass
@@ -64,6 +70,7 @@ class NewRows:
         self._index = index
         self._shards = list(shards)
         self._scratch = scratch
+        self._group_rows = 2 * part_rows
         self._pieces: list[Path] = []
         self._bounds: list[str] = []
         self._table: pa.Table | None = None
@@ -80,7 +87,7 @@ class NewRows:
         if self._table is not None:
             return
         self._scratch.mkdir(parents=True, exist_ok=True)
-        for group in _groups(self._shards):
+        for group in _groups(self._shards, self._group_rows):
             table = self._read_group(group)
             path = self._scratch / f"new-{len(self._pieces):06d}.arrow"
             cuts = _cut(table, bounds)
@@ -106,13 +113,16 @@ class NewRows:
         return table.sort_by("image_id").combine_chunks()
 
     def _draw_bounds(self, total: int, part_rows: int) -> list[str]:
-        every = max(1, total // SAMPLE_IDS)
+        num_parts = -(-total // part_rows)
+        every = max(1, total // (num_parts * SAMPLE_PER_PART))
         sample: list[str] = []
         for number, entry in self._shards:
             ids = _read_ids(self._index, number, entry).column("image_id")
-            sample += ids.take(pa.array(np.arange(number % every, len(ids), every))).to_pylist()
+            first = number * 7919 % every
+            sample += ids.take(pa.array(np.arange(first, len(ids), every))).to_pylist()
         sample.sort()
-        num_parts = -(-total // part_rows)
+        if not sample:
+            return []
         picked = [sample[len(sample) * part // num_parts] for part in range(1, num_parts)]
         return sorted(set(picked))
 
@@ -126,7 +136,7 @@ def build_lookup(
     removals: Sequence[Removal],
     shard_paths: Sequence[str],
     scratch: Path,
-    part_rows: int = PART_ROWS,
+    part_rows: int | None = None,
 ) -> LookupResult:
     """Merges new rows with the parent's lookup and writes `folder`/ids-NNNNN.parquet.
 
@@ -138,11 +148,13 @@ def build_lookup(
         removals: ids that leave the parent's rows. The first reason that names an id counts.
         shard_paths: the new shard list, for messages.
         scratch: a local directory for sorted pieces.
-        part_rows: about how many ids a file gets.
+        part_rows: about how many ids a file gets; by `part_rows_for` when None.
 
     Raises:
         DuplicateIdError: one id stands in two rows of the new shards.
     """
+    if part_rows is None:
+        part_rows = part_rows_for(sum(entry.num_rows for _, entry in new_shards) + sum(part.num_rows for part in base))
     new = NewRows(index, new_shards, scratch, part_rows)
     bounds = sorted({*new.bounds, *(part.min_id for part in base[1:])})
     new.spill(bounds)
@@ -313,10 +325,10 @@ def _read_ids(index: Location, number: int, entry: ShardEntry) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=LOOKUP_SCHEMA)
 
 
-def _groups(shards: Sequence[tuple[int, ShardEntry]]) -> Iterator[list[tuple[int, ShardEntry]]]:
+def _groups(shards: Sequence[tuple[int, ShardEntry]], group_rows: int) -> Iterator[list[tuple[int, ShardEntry]]]:
     group: list[tuple[int, ShardEntry]] = []
     for number, entry in shards:
-        if group and sum(e.num_rows for _, e in group) + entry.num_rows > GROUP_ROWS:
+        if group and sum(e.num_rows for _, e in group) + entry.num_rows > group_rows:
             yield group
             group = []
         group.append((number, entry))

@@ -25,7 +25,7 @@ from edje_pipeline.storage.cleanup import remove_tree
 from edje_pipeline.storage.faults import crash_point
 from edje_pipeline.storage.location import Location, fsync_dir, storage_errors
 from edje_pipeline.storage.lock import IndexLock
-from edje_pipeline.storage.lookup_build import PART_ROWS, LookupResult, Removal, build_lookup
+from edje_pipeline.storage.lookup_build import LookupResult, Removal, build_lookup
 from edje_pipeline.storage.manifest import (
     MANIFEST_NAME,
     Counts,
@@ -78,7 +78,7 @@ def publish(
     mode: Literal["new", "add"],
     removed: pa.Table | None = None,
     action: str = "extract",
-    part_rows: int = PART_ROWS,
+    part_rows: int | None = None,
 ) -> Manifest:
     """Publishes a finished run as the current snapshot.
 
@@ -89,7 +89,7 @@ def publish(
             parent's; a live row with the same image_id is replaced; a row this run rejected leaves.
         removed: (image_id, reason `deleted` | `missing`) to take from the parent; `add` only.
         action: named in the manifest.
-        part_rows: about how many ids a lookup file gets.
+        part_rows: about how many ids a lookup file gets; chosen by their number when None.
 
     Raises:
         IndexStateError: rows are still missing, or `add` onto tokens of another kind.
@@ -128,7 +128,7 @@ def commit(
     parent: Manifest | None,
     base: Manifest | None,
     lock: IndexLock,
-    part_rows: int = PART_ROWS,
+    part_rows: int | None = None,
     publish_empty: bool = True,
 ) -> Published:
     """Writes and publishes a snapshot; the lock is held and staging/<run_id> exists. See `publish`.
