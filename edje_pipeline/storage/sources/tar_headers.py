@@ -113,7 +113,10 @@ def _padded(length: int) -> int:
 
 
 def _check_sum(header: bytes, position: int) -> None:
-    expected = _number(header[148:156], position)
+    try:
+        expected = _number(header[148:156], position)
+    except TarError:
+        expected = -1
     if expected != sum(header) - sum(header[148:156]) + 8 * 32:
         raise TarError("the header's checksum is wrong: not a tar, or damaged", position)
 
@@ -154,9 +157,10 @@ def _pax(content: bytes, position: int) -> dict[str, str]:
     start = 0
     while start < len(content) and content[start] != 0:
         space = content.find(b" ", start, start + 20)
-        digits = content[start:space] if space > 0 else b""
+        digits = content[start:space] if space > start else b""
         end = start + int(digits) if digits.isdigit() else 0
-        if not space < end <= len(content):
+        # A record ends after its own blank, or the scan would not move on.
+        if not start < space < end <= len(content):
             raise TarError("a pax header is damaged", position)
         key, _, value = content[space + 1 : end - 1].partition(b"=")
         fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
