@@ -34,7 +34,7 @@ def train_codec(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sample and of k-means.")] = 0,
     quiet: QuietOption = False,
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Train the codebook of a product quantizer.
 
