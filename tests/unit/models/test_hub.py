@@ -94,7 +94,8 @@ def endpoint(tmp_path_factory):
 def open_in_a_process(model, home, **environment):
     """(path or error kind, message): the hub's client reads its environment once, at import."""
     code = (
-        "import sys\nfrom edje_pipeline.errors import EdjeError\nfrom edje_pipeline.models.checkpoint import open_model\n"
+        "import sys\nfrom edje_pipeline.errors import EdjeError\n"
+        "from edje_pipeline.models.checkpoint import open_model\n"
         "try:\n    print(open_model(sys.argv[1]).path)\n"
         "except EdjeError as error:\n    print(type(error).__name__, error)\n"
     )
