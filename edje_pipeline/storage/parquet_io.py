@@ -80,7 +80,8 @@ def write_parquet(
         schema: of the file.
         row_group_rows: rows of a row group; only the last one of the file may be shorter when each
             piece but the last is a multiple of it.
-        raw_columns: opaque bytes: no statistics, and `raw_compression` instead of zstd.
+        raw_columns: stored with `raw_compression` instead of zstd. No fixed-size column gets statistics:
+            bounds of opaque bytes say nothing and cost footer.
         dictionary_columns: few distinct values: dictionary encoding.
         raw_compression: `none`, `zstd` or `lz4`.
     """
@@ -96,7 +97,7 @@ def write_parquet(
             compression=compression,
             compression_level=levels or None,
             use_dictionary=list(dictionary_columns),
-            write_statistics=[name for name in names if name not in raw_columns],
+            write_statistics=[name for name in names if not pa.types.is_fixed_size_binary(schema.field(name).type)],
             write_page_checksum=True,
             write_batch_size=1024,
         ) as writer:
