@@ -73,7 +73,7 @@ def extract_stages(job: Job, machine: Machine) -> list[Stage]:
     encode_cpus = 0.0 if machine.num_gpus else machine.num_cpus / 2 / machine.num_encoders
     decode_cpus = 1.0 if machine.num_gpus or machine.num_cpus >= 8 else 0.25
     return [
-        Stage("decode", ReadDecodeWorker, "task", None, _decoders(machine), num_cpus=decode_cpus),
+        Stage("decode", ReadDecodeWorker, "task", None, machine.num_cpus, num_cpus=decode_cpus),
         Stage(
             "encode",
             EncodeWorker,
@@ -85,10 +85,6 @@ def extract_stages(job: Job, machine: Machine) -> list[Stage]:
         ),
         write_stage(job, machine),
     ]
-
-
-def _decoders(machine: Machine) -> int:
-    return machine.num_cpus if machine.num_gpus else max(1, machine.num_cpus // 2)
 
 
 def write_stage(job: Job, machine: Machine) -> Stage:

@@ -75,6 +75,7 @@ class ReadDecodeWorker:
         for unit, flat in zip(units.column("unit").to_pylist(), units.column("ranges").to_pylist(), strict=True):
             rows = read_unit(self._job.plan_dir, unit, ranges_of(flat), generation=self._job.plan_generation)
             with Attempt(self._job.plan_dir, f"{unit}-{flat[0]}") as attempt:
+                crash_point("stage.decode")
                 table = attempt.decode_apart(rows, self._job) if attempt.crashed_before else self.decode(rows)
             yield table
 
@@ -128,7 +129,7 @@ class EncodeWorker:
         started = time.perf_counter()
         wait_s = started - self._ended
         tokens = encode_table(table, self._encoder, self._image_size)
-        crash_point("encode.done")
+        crash_point("stage.encode")
         self._ended = time.perf_counter()
         yield with_metrics(
             tokens,
