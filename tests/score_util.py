@@ -18,25 +18,7 @@ from edje_pipeline.models.checkpoint import ModelDirectory
 from edje_pipeline.models.random_model import write_random_model
 from edje_pipeline.storage.index import Index
 
-WORDS = [
-    "a",
-    "red",
-    "apple",
-    "on",
-    "the",
-    "table",
-    "dog",
-    "cat",
-    "small",
-    "big",
-    "old",
-    "house",
-    "with",
-    "two",
-    "people",
-    "near",
-    "water",
-]
+WORDS = ("a", "red", "apple", "on", "the", "table", "dog", "cat", "small", "big", "old", "house", "two", "people")
 
 
 @cache
@@ -98,9 +80,8 @@ def read_results(out: Path) -> list[tuple[str, str, float, int]]:
     files = sorted((out / "results").glob("*.parquet"))
     tables = [pq.ParquetFile(file).read() for file in files]
     table = pa.concat_tables(tables)
-    return list(
-        zip(*(table.column(name).to_pylist() for name in ("query_id", "image_id", "score", "rank")), strict=True)
-    )
+    columns = [table.column(name).to_pylist() for name in ("query_id", "image_id", "score", "rank")]
+    return list(zip(*columns, strict=True))
 
 
 def assert_same_ranking(found: list[tuple[str, str, float, int]], expected: list[tuple[str, str, float, int]]) -> None:

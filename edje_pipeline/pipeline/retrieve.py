@@ -171,9 +171,8 @@ def given_embeddings(config: RetrieveConfig, width: int) -> np.ndarray | None:
         if "embedding" not in file.schema_arrow.names:
             return None
         column = file.read(columns=["embedding"]).column("embedding").combine_chunks()
-    if not (
-        pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type) or pa.types.is_large_list(column.type)
-    ):
+    is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(check(column.type) for check in is_list):
         raise InputFileError(f"the column embedding of {location} is {column.type}; expected a list of {width} numbers")
     values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     if column.null_count or len(values) != len(column) * width:

@@ -66,11 +66,12 @@ class ScoreResult:
         plan, stats, timings = self.manifest["plan"], self.manifest["stats"], self.manifest["timings"]
         seconds = ", ".join(f"{name[:-2]} {value:.1f}" for name, value in timings.items())
         inside = ", ".join(f"{name} {stats.get(f'{name}_s', 0):.1f}" for name in ("read", "wait", "score", "write"))
+        speed = f"{self.pairs_per_s:,.1f} pairs/s ({self.manifest['device']}, {self.manifest['precision']})"
+        num_read, bytes_read = stats.get("num_rows_read", 0), format_bytes(stats.get("bytes_read", 0))
         lines = [
-            f"scored {self.num_pairs:,} pairs in {format_duration(self.wall_s)}: "
-            f"{self.pairs_per_s:,.1f} pairs/s ({self.manifest['device']}, {self.manifest['precision']})",
+            f"scored {self.num_pairs:,} pairs in {format_duration(self.wall_s)}: {speed}",
             f"  for       {plan['num_queries']:,} queries, {plan['num_images']:,} images",
-            f"  read      {stats.get('num_rows_read', 0):,.0f} stored images, {format_bytes(stats.get('bytes_read', 0))}",
+            f"  read      {num_read:,.0f} stored images, {bytes_read}",
             f"  seconds   {seconds}",
             f"  workers   {inside}",
         ]

@@ -126,26 +126,60 @@ def test_bad_input_gets_one_line_and_its_exit_code(
         assert len(result.stderr.strip().splitlines()) == 1
 
 
-SCRIPT = "import edje_pipeline.cli.score; from edje_pipeline.cli.app import main; main()"
+POINTS = [*CRASH_POINTS, "score.journalled:4", "score.computed:3", "write.middle:5"]
+FORK_SERVER = """
+import json, os, sys
+import torch, pyarrow.parquet
+from edje_pipeline.storage import faults
+import edje_pipeline.reranker, edje_pipeline.pipeline.score, edje_pipeline.cli.score
+from edje_pipeline.cli.app import main
+
+for point, words in json.load(sys.stdin):
+    child = os.fork()
+    if child == 0:
+        name, _, count = point.partition(":")
+        faults._armed = (name, int(count or 1))
+        sys.argv = ["edje-pipeline", *words]
+        main()
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
 
 
-@pytest.mark.parametrize("point", [*CRASH_POINTS, "score.journalled:4", "score.computed:3", "write.middle:5"])
-def test_killed_anywhere_the_same_command_gives_the_same_result(tmp_path: Path, cli_index: Index, point: str) -> None:
+def crash_words(index: Index, folder: Path, out: Path) -> list[str]:
+    words = ["score", "--index", str(index.location), "--queries", str(folder / "queries.parquet")]
+    words += ["--candidates", str(folder / "candidates.parquet"), "--out", str(out), "--trec", f"{out}.run"]
+    return [*words, "--unit-pairs", "20", "--num-workers", "0", "--num-threads", "1", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory: pytest.TempPathFactory, cli_index: Index) -> dict[str, tuple[int, Path]]:
+    """One run a point, each killed there; one process loads the libraries for all of them and forks."""
+    folder = tmp_path_factory.mktemp("killed")
+    write_inputs(folder, QUERIES, [*pairs_of(cli_index), ("q0", "gone.jpg")])
+    outs = {point: folder / point.replace(":", "-") for point in POINTS}
+    jobs = [(point, crash_words(cli_index, folder, out)) for point, out in outs.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FORK_SERVER]
+    done = subprocess.run(command, input=json.dumps(jobs), env=environment, capture_output=True, text=True, check=True)
+    statuses = [int(line) for line in done.stdout.split()]
+    return {point: (status, outs[point]) for point, status in zip(POINTS, statuses, strict=True)}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_anywhere_the_same_command_gives_the_same_result(
+    killed_runs: dict[str, tuple[int, Path]], cli_index: Index, point: str
+) -> None:
+    status, out = killed_runs[point]
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
     pairs = [*pairs_of(cli_index), ("q0", "gone.jpg")]
-    queries, candidates = write_inputs(tmp_path, QUERIES, pairs)
-    out, trec = tmp_path / "scores", tmp_path / "out.run"
-    words = ["score", "--index", str(cli_index.location), "--queries", str(queries), "--candidates", str(candidates)]
-    words += ["--out", str(out), "--trec", str(trec), "--unit-pairs", "20", "--num-workers", "0", "--quiet"]
-    environment = {**os.environ, "EDJE_CRASH_AT": point, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", SCRIPT, *words], env=environment, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    result = call(*words, "--format", "json")
+    result = call(*crash_words(cli_index, out.parent, out), "--format", "json")
     assert result.exit_code == 0, result.output
     assert_same_ranking(read_results(out), plain_ranking(cli_index, tiny_model(), QUERIES, pairs))
     assert pq.read_table(out / "missing.parquet").column("image_id").to_pylist() == ["gone.jpg"]
-    assert len(trec.read_text().splitlines()) == len(pairs) - 1
-    names = sorted(path.relative_to(out).parts[0] for path in out.rglob("*") if not path.name.startswith("."))
-    assert set(names) == {"manifest.json", "missing.parquet", "results"}
+    assert len(Path(f"{out}.run").read_text().splitlines()) == len(pairs) - 1
+    names = {path.relative_to(out).parts[0] for path in out.rglob("*") if not path.name.startswith(".")}
+    assert names == {"manifest.json", "missing.parquet", "results"}
     assert len(list((out / "results").iterdir())) == 1
 
 

@@ -98,7 +98,7 @@ def test_tokens_that_are_not_finite_name_the_pair(rerank_index: Index, monkeypat
         return payloads, names, count
 
     monkeypatch.setattr(reranker, "read_payloads", damaged)
-    with pytest.raises(CorruptionError, match="tokens of image .* are not finite, so text 'dog'"):
+    with pytest.raises(CorruptionError, match=r"tokens of image .* are not finite, so text 'dog'"):
         Reranker.open(rerank_index).rank("dog", rerank_index.ids()[:2])
 
 
@@ -130,9 +130,8 @@ def test_scoring_in_process_needs_no_ray() -> None:
 def test_gpu_equals_cpu(rerank_index: Index) -> None:
     pairs = [(text, name) for text in ("dog", "a red apple") for name in rerank_index.ids()]
     cpu = Reranker.open(rerank_index, device="cpu", precision="float32").predict(pairs)
-    np.testing.assert_allclose(
-        Reranker.open(rerank_index, device="cuda", precision="float32").predict(pairs), cpu, atol=1e-4
-    )
+    gpu = Reranker.open(rerank_index, device="cuda", precision="float32").predict(pairs)
+    np.testing.assert_allclose(gpu, cpu, atol=1e-4)
     half = Reranker.open(rerank_index, device="cuda")
     assert half.precision == "bfloat16"
     assert np.abs(half.predict(pairs) - cpu).max() < 0.1 * np.abs(cpu).max()

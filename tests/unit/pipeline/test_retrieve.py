@@ -75,10 +75,8 @@ def test_exact_search_equals_brute_force(
     ids = embedded_index.ids()
     scores = embeddings @ embedded_index.embeddings(ids).T
     table = pq.read_table(config.out)
-    found = [
-        (int(q[1:]), i, r)
-        for q, i, r in zip(*(table.column(n).to_pylist() for n in ("query_id", "image_id", "rank")), strict=True)
-    ]
+    columns = [table.column(name).to_pylist() for name in ("query_id", "image_id", "rank")]
+    found = [(int(query[1:]), image, rank) for query, image, rank in zip(*columns, strict=True)]
     assert found == brute_force(scores, ids, 10)
     assert (result.num_candidates, result.method, result.exit_code) == (90, "exact", 0)
     assert "90 candidates for 9 queries" in result.to_text()
@@ -88,9 +86,8 @@ def test_faiss_with_all_lists_finds_the_same(tmp_path: Path, embedded_index: Ind
     exact, approximate = tmp_path / "exact.parquet", tmp_path / "faiss.parquet"
     run_retrieve(retrieve_config(embedded_index, tmp_path, out=str(exact)))
     run_retrieve(retrieve_config(embedded_index, tmp_path, out=str(approximate), method="faiss", num_probes=10**4))
-    assert pq.read_table(exact).select(["query_id", "image_id", "rank"]) == pq.read_table(approximate).select(
-        ["query_id", "image_id", "rank"]
-    )
+    ours, theirs = (pq.read_table(path, columns=["query_id", "image_id", "rank"]) for path in (exact, approximate))
+    assert ours == theirs
 
 
 def test_candidates_are_what_score_reads(tmp_path: Path, embedded_index: Index) -> None:
@@ -125,7 +122,7 @@ def test_bad_embeddings_say_what_was_expected(tmp_path: Path, embedded_index: In
 
 
 def test_a_model_without_text_tower_needs_embeddings(tmp_path: Path, embedded_index: Index) -> None:
-    ours = tiny_model()
+    ours, config = tiny_model(), retrieve_config(embedded_index, tmp_path)
     blind = save_model(
         tmp_path / "blind",
         replace(ours.spec, text_tower=None),
@@ -134,9 +131,7 @@ def test_a_model_without_text_tower_needs_embeddings(tmp_path: Path, embedded_in
     )
     (tmp_path / "q.jsonl").write_text('{"query_id": "a", "text": "dog"}\n')
     with pytest.raises(ModelError, match="no text tower"):
-        run_retrieve(
-            replace(retrieve_config(embedded_index, tmp_path), queries=str(tmp_path / "q.jsonl"), model=str(blind.path))
-        )
+        run_retrieve(replace(config, queries=str(tmp_path / "q.jsonl"), model=str(blind.path)))
 
 
 def test_texts_pass_through_the_text_tower(tmp_path: Path, embedded_index: Index) -> None:

@@ -164,7 +164,7 @@ def test_equal_scores_rank_by_image_id(tmp_path: Path) -> None:
 def test_unknown_query_and_empty_inputs_are_errors(tmp_path: Path, score_index: Index) -> None:
     with pytest.raises(InputFileError, match=r"1 query_id values.*'nobody'"):
         run_score(score_config(score_index, tmp_path, [("nobody", "img-00001.jpg")]))
-    with pytest.raises(InputFileError, match="no record|holds no pair|no row|empty"):
+    with pytest.raises(InputFileError, match=r"no record|holds no pair|no row|empty"):
         run_score(score_config(score_index, tmp_path, [], out=str(tmp_path / "out2")))
     with pytest.raises(InputFileError, match="does not exist"):
         run_score(replace(score_config(score_index, tmp_path, []), candidates=str(tmp_path / "absent.parquet")))
@@ -204,10 +204,11 @@ def test_other_inputs_are_refused_while_a_run_is_unfinished(
     tmp_path: Path, score_index: Index, score_pairs: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = score_config(score_index, tmp_path, score_pairs)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(score_module, "write_results", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        run_score(config)
-    queries, candidates = write_inputs(tmp_path, QUERIES, score_pairs[:-1], name="-fewer")
+        with pytest.raises(KeyboardInterrupt):
+            run_score(config)
+    _, candidates = write_inputs(tmp_path, QUERIES, score_pairs[:-1], name="-fewer")
     other = replace(config, candidates=str(candidates))
     with pytest.raises(ResumeMismatchError, match=r"what differs: candidates\."):
         run_score(other)
@@ -255,7 +256,7 @@ def test_another_model_is_refused(tmp_path: Path, score_index: Index) -> None:
     with pytest.raises(IndexStateError, match=r"backbone .* in the index.*adapter .*rebuild"):
         run_score(replace(config, model=str(other.path)))
     wide = write_random_model(tmp_path / "wide", size="demo", image_size=32, backbone_options={"depth": 1})
-    with pytest.raises(ShapeMismatchError, match="width 32 .*reads width 384"):
+    with pytest.raises(ShapeMismatchError, match=r"width 32 .*reads width 384"):
         run_score(replace(config, model=str(wide.path)))
 
 
@@ -271,9 +272,10 @@ def test_tokens_that_are_not_finite_are_named(tmp_path: Path, monkeypatch: pytes
         loaded.payloads[bad].view(np.float16)[5] = np.nan
         return loaded
 
-    with monkeypatch.context() as patch, pytest.raises(CorruptionError, match=r"'img-00002\.jpg'.*query 'q1'"):
+    with monkeypatch.context() as patch:
         patch.setattr(UnitScorer, "read", damaging)
-        run_score(config)
+        with pytest.raises(CorruptionError, match=r"'img-00002\.jpg'.*query 'q1'"):
+            run_score(config)
     plain_compute = UnitScorer.compute
 
     def broken(self: UnitScorer, loaded: object) -> object:
@@ -290,7 +292,7 @@ def test_result_as_dict_is_json(tmp_path: Path, score_index: Index, score_pairs:
     value = json.loads(json.dumps(result.to_dict()))
     assert value["num_results"] == len(score_pairs)
     assert value["pairs_per_s"] > 0
-    assert max(map(len, result.to_text().splitlines())) <= 80
+    assert max(len(line) for line in result.to_text().splitlines() if str(tmp_path) not in line) <= 80
 
 
 @pytest.mark.parametrize(
