@@ -54,7 +54,7 @@ class _GuardedReader(io.RawIOBase):
 
 def plain_name(name: str) -> str:
     """The name without a .gz or .zst at its end, lower case."""
-    return name.lower().removesuffix(".gz").removesuffix(".zst")
+    return files.path_name(name).lower().removesuffix(".gz").removesuffix(".zst")
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def open_text_bytes(uri: str) -> Iterator[IO[bytes]]:
     Raises:
         InputFileError: the file is absent, damaged, or unpacks without end.
     """
-    lower = uri.lower()
+    lower = files.path_name(uri).lower()
     try:
         size = files.file_size(uri)
         with files.open_binary(uri) as raw:

@@ -45,8 +45,13 @@ def local_uri(path: bytes) -> str:
 
 
 def shown(uri: str) -> str:
-    """The form a person would type."""
-    return readable(local_path(uri)) if is_local_uri(uri) else uri
+    """The form a person would type, without the options of a remote URI."""
+    return readable(local_path(uri)) if is_local_uri(uri) else re.sub(r"\?[^#]*", "", uri)
+
+
+def path_name(uri: str) -> str:
+    """What suffixes are looked for in: a remote URI's options (`?region=...`) are not part of the name."""
+    return uri if is_local_uri(uri) else uri.split("?", 1)[0]
 
 
 def readable(name: bytes) -> str:

@@ -9,29 +9,24 @@ proportional to the number of images: rows are streamed, ids are compared throug
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from edje_pipeline.errors import CorruptionError, DuplicateIdError, SourceNotFoundError
-from edje_pipeline.storage import files
+from edje_pipeline.storage import files, plan_writer
 from edje_pipeline.storage.duplicates import DuplicateFinder, hash_ids
 from edje_pipeline.storage.faults import crash_point
 from edje_pipeline.storage.location import Location
+from edje_pipeline.storage.plan_writer import PlanWriter, part_name
 from edje_pipeline.storage.schema import LISTING_SCHEMA, PLAN_SCHEMA
 from edje_pipeline.storage.sources.base import Source
-
-UNITS_PER_PART = 256
-"""Row groups of a plan file: enough to keep files few, few enough to keep footers small."""
 
 SUSPECTS_PER_PASS = 1_000_000
 PLAN_NAME = "plan.json"
@@ -99,9 +94,9 @@ def write_plan(
     scratch = Path(plan_dir.path) if plan_dir.is_local else None
     with DuplicateFinder(scratch) as finder:
         num_rows = 0
-        with _PlanWriter(plan_dir, unit_rows, generation=0) as writer:
+        with PlanWriter(plan_dir, unit_rows, generation=0) as writer:
             for batch in batches:
-                finder.add(batch.column("image_id").to_pylist(), num_rows)
+                finder.add(batch.column("image_id").to_pylist())
                 writer.add(batch)
                 num_rows += batch.num_rows
         if num_rows == 0 and counts["known"] == 0:
@@ -115,7 +110,7 @@ def write_plan(
         if dropped:
             generation = 1
             kept = _without(plan_dir, writer.num_units, drop)
-            with _PlanWriter(plan_dir, unit_rows, generation=1) as second:
+            with PlanWriter(plan_dir, unit_rows, generation=1) as second:
                 for batch in kept:
                     second.add(batch)
             _delete_parts(plan_dir, writer.num_units, generation=0)
@@ -158,10 +153,12 @@ def read_unit(
     if generation is None:
         info = open_plan(plan_dir)
         generation = info.generation if info is not None else 0
-    place = plan_dir.child(_part_name(generation, unit // UNITS_PER_PART))
+    place = plan_dir.child(part_name(generation, unit // plan_writer.UNITS_PER_PART))
     try:
         with place.open_input() as stream:
-            table = pq.ParquetFile(stream, pre_buffer=False).read_row_group(unit % UNITS_PER_PART, use_threads=False)
+            table = pq.ParquetFile(stream, pre_buffer=False).read_row_group(
+                unit % plan_writer.UNITS_PER_PART, use_threads=False
+            )
     except (pa.ArrowException, FileNotFoundError) as error:
         raise CorruptionError(f"unit {unit} of the plan cannot be read from {place}: {error}; use --restart") from error
     table = table.cast(PLAN_SCHEMA)
@@ -174,90 +171,9 @@ def read_unit(
     return table.filter(pa.array(mask))
 
 
-class _PlanWriter:
-    """Cuts listing batches into units and writes them, numbering the rows."""
-
-    def __init__(self, plan_dir: Location, unit_rows: int, *, generation: int) -> None:
-        self._plan_dir = plan_dir
-        self._unit_rows = unit_rows
-        self._generation = generation
-        self._waiting: list[pa.RecordBatch] = []
-        self._num_waiting = 0
-        self._part = ExitStack()
-        self._writer: pq.ParquetWriter | None = None
-        self._hashers = [hashlib.sha256() for _ in LISTING_SCHEMA]
-        self.num_rows = 0
-        self.num_units = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            if self._num_waiting:
-                self._flush(self._num_waiting)
-            self._part.close()
-        else:
-            # The part's atomic writer must see the error: it then removes its temporary file.
-            self._part.__exit__(kind, error, trace)
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Takes rows of LISTING_SCHEMA."""
-        self._waiting.append(batch)
-        self._num_waiting += batch.num_rows
-        if self._num_waiting >= self._unit_rows:
-            self._flush(self._num_waiting // self._unit_rows * self._unit_rows)
-
-    @property
-    def listing_sha256(self) -> str:
-        """Of all rows in order, whatever the batches they came in."""
-        return hashlib.sha256(b"".join(hasher.digest() for hasher in self._hashers)).hexdigest()
-
-    def _flush(self, num_rows: int) -> None:
-        table = pa.Table.from_batches(self._waiting, LISTING_SCHEMA).combine_chunks()
-        self._waiting = table.slice(num_rows).to_batches()
-        self._num_waiting = table.num_rows - num_rows
-        for start in range(0, num_rows, self._unit_rows):
-            self._write_unit(table.slice(start, min(self._unit_rows, num_rows - start)))
-
-    def _write_unit(self, unit: pa.Table) -> None:
-        if self.num_units % UNITS_PER_PART == 0:
-            self._part.close()
-            name = _part_name(self._generation, self.num_units // UNITS_PER_PART)
-            stream = self._part.enter_context(self._plan_dir.child(name).open_atomic())
-            self._writer = self._part.enter_context(
-                pq.ParquetWriter(
-                    stream, PLAN_SCHEMA, compression="zstd", use_dictionary=["container"], write_statistics=False
-                )
-            )
-        assert self._writer is not None
-        self._hash(unit)
-        rows = pa.array(np.arange(self.num_rows, self.num_rows + unit.num_rows), pa.int64())
-        self._writer.write_table(unit.add_column(0, PLAN_SCHEMA.field("row"), rows), row_group_size=unit.num_rows)
-        self.num_rows += unit.num_rows
-        self.num_units += 1
-        crash_point("listing.batch")
-
-    def _hash(self, unit: pa.Table) -> None:
-        for hasher, column in zip(self._hashers, unit.columns, strict=True):
-            if pa.types.is_string(column.type):
-                # A length before each text: two different columns never hash the same bytes.
-                for text in column.to_pylist():
-                    data = text.encode()
-                    hasher.update(len(data).to_bytes(4, "little") + data)
-            else:
-                hasher.update(column.to_numpy().astype("<i8").tobytes())
-
-
-def _part_name(generation: int, number: int) -> str:
-    return f"part-{generation}-{number:06d}.parquet"
-
-
 def _delete_parts(plan_dir: Location, num_units: int, *, generation: int) -> None:
-    for number in range(-(-num_units // UNITS_PER_PART)):
-        plan_dir.child(_part_name(generation, number)).delete_file()
+    for number in range(-(-num_units // plan_writer.UNITS_PER_PART)):
+        plan_dir.child(part_name(generation, number)).delete_file()
 
 
 def _unknown(
@@ -288,8 +204,8 @@ def _limited(batches: Iterator[pa.RecordBatch], limit: int | None) -> Iterator[p
 
 
 def _units(plan_dir: Location, num_units: int, generation: int) -> Iterator[pa.Table]:
-    for number in range(-(-num_units // UNITS_PER_PART)):
-        with plan_dir.child(_part_name(generation, number)).open_input() as stream:
+    for number in range(-(-num_units // plan_writer.UNITS_PER_PART)):
+        with plan_dir.child(part_name(generation, number)).open_input() as stream:
             file = pq.ParquetFile(stream, pre_buffer=False)
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, use_threads=False)

@@ -36,7 +36,7 @@ def open_source(uri: str, kind: str = "auto", *, options: SourceOptions | None =
         raise ConfigError(f"--source {kind!r} is not known; expected auto, {', '.join(SOURCES)}")
     if files.has_pattern(uri):
         if kind == "auto":
-            kind = "parquet" if uri.lower().endswith((".parquet", ".pq")) else "webdataset"
+            kind = "parquet" if files.path_name(uri).lower().endswith((".parquet", ".pq")) else "webdataset"
         if kind not in ("webdataset", "parquet"):
             raise SourceError(f"the pattern {uri!r} can name tars or Parquet files only, not a {kind}")
         if not files.expand_pattern(uri):
@@ -58,8 +58,7 @@ def open_source(uri: str, kind: str = "auto", *, options: SourceOptions | None =
 def detect_file(uri: str) -> str:
     """The kind of a single file, by its suffix; a single image is not a corpus."""
     name = compressed.plain_name(uri)
-    if uri.lower().endswith(COMPRESSED_TARS):
-        refuse_compressed(uri)
+    refuse_compressed(uri)
     if name.endswith(".tar"):
         return "webdataset"
     if name.endswith((".parquet", ".pq")):

@@ -70,7 +70,7 @@ class ParquetSource(Source):
         what = count_phrase(self.num_files, "Parquet file") if self.num_files else "Parquet files"
         count = f" with {count_phrase(self.num_listed, 'image')}" if self.num_listed else ""
         columns = f" (id column {self.id_column!r}, image column {self.image_column!r})" if self.image_column else ""
-        return f"{what}{count} at {files.shown(self.uri) if not files.has_pattern(self.uri) else self.uri}{columns}"
+        return f"{what}{count} at {files.shown(self.uri)}{columns}"
 
     def looked_for(self) -> str:
         return "rows of .parquet files with a column of image bytes, paths or URIs"
@@ -119,7 +119,9 @@ class ParquetSource(Source):
         self.id_column = choose_column(self.options.id_column, ID_COLUMNS, schema.names, "id", uri)
         has_status = self.options.id_column in (None, "key") and {"status", "key"} <= set(schema.names)
         columns = list(dict.fromkeys([self.id_column, *(["status"] if has_status else [])]))
-        prefix = uri.rsplit("/", 1)[-1].removesuffix(".parquet") + "/" if self.options.qualify_ids else ""
+        prefix = (
+            files.path_name(uri).rsplit("/", 1)[-1].removesuffix(".parquet") + "/" if self.options.qualify_ids else ""
+        )
         row = 0
         for group in range(file.num_row_groups):
             inside = 0

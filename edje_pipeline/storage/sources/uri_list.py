@@ -26,7 +26,7 @@ class UriListSource(Source):
 
     def __init__(self, uri: str, options: SourceOptions) -> None:
         super().__init__(uri, options)
-        self._base = uri.rsplit("/", 1)[0]
+        self._remote_options = "" if files.is_local_uri(uri) or "?" not in uri else uri[uri.index("?") :]
         self._schemes: set[str] = set()
 
     def describe(self) -> str:
@@ -56,6 +56,8 @@ class UriListSource(Source):
         """
         if "://" in text:
             scheme = text.split("://", 1)[0]
+            if self._remote_options and "?" not in text and self.uri.startswith(scheme + "://"):
+                text += self._remote_options  # region and endpoint of the list hold for what it lists
             if scheme not in self._schemes and scheme != "file":
                 try:
                     files.remote(text)
@@ -65,9 +67,10 @@ class UriListSource(Source):
             return text
         if text.startswith("/"):
             return files.local_uri(os.fsencode(text))
-        if files.is_local_uri(self._base):
-            return files.local_uri(os.path.normpath(os.path.join(files.local_path(self._base), os.fsencode(text))))
-        return files.sibling_uri(self._base, files.remote(self._base)[1].rstrip("/") + "/" + text)
+        if files.is_local_uri(self.uri):
+            folder = os.path.dirname(files.local_path(self.uri))  # noqa: PTH120  (a path of any bytes)
+            return files.local_uri(os.path.normpath(os.path.join(folder, os.fsencode(text))))
+        return files.sibling_uri(self.uri, files.remote(self.uri)[1].rsplit("/", 1)[0] + "/" + text)
 
     def _records(self) -> Iterator[tuple[int, str, str]]:
         name = compressed.plain_name(self.uri)

@@ -30,7 +30,7 @@ class WebDatasetSource(Source):
     def describe(self) -> str:
         tars = count_phrase(self.num_tars, "WebDataset tar") if self.num_tars else "WebDataset tars"
         count = f" with {count_phrase(self.num_listed, 'image')}" if self.num_listed else ""
-        return f"{tars}{count} at {files.shown(self.uri) if not files.has_pattern(self.uri) else self.uri}"
+        return f"{tars}{count} at {files.shown(self.uri)}"
 
     def looked_for(self) -> str:
         return f"members of .tar files: {super().looked_for()}"
@@ -39,16 +39,16 @@ class WebDatasetSource(Source):
         """(name for people, URI) of each tar in order."""
         if files.has_pattern(self.uri):
             for uri in files.expand_pattern(self.uri):
-                yield uri.rsplit("/", 1)[-1], uri
+                yield files.path_name(uri).rsplit("/", 1)[-1], uri
         elif files.kind_of(self.uri) == "dir":
             for relative, uri in walk_files(self.uri):
                 if relative.lower().endswith(b".tar"):
                     yield files.readable(relative), uri
-                elif uri.lower().endswith(COMPRESSED_TARS):
+                elif relative.decode("utf-8", "replace").lower().endswith(COMPRESSED_TARS):
                     refuse_compressed(uri)
         else:
             refuse_compressed(self.uri)
-            yield self.uri.rsplit("/", 1)[-1], files.absolute_uri(self.uri)
+            yield files.path_name(self.uri).rsplit("/", 1)[-1], files.absolute_uri(self.uri)
 
     def _entries(self) -> Iterator[tuple[str, str, str, int, int]]:
         self.num_tars = 0
@@ -91,7 +91,7 @@ class WebDatasetSource(Source):
 
 def refuse_compressed(uri: str) -> None:
     """Raises SourceError for a compressed tar: its members cannot be found by offset."""
-    if uri.lower().endswith(COMPRESSED_TARS):
+    if files.path_name(uri).lower().endswith(COMPRESSED_TARS):
         raise SourceError(
             f"{files.shown(uri)} is compressed as a whole, so its members cannot be read by offset; "
             "decompress it first (images do not shrink: gunzip, zstd -d)"

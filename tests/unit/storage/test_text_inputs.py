@@ -117,8 +117,10 @@ CANDIDATES = {"query_id": ["q1", "q1", "q2"], "image_id": ["a", "b c", "a"], "fi
         ("c.tsv", "query_id\timage_id\tfirst_stage_score\nq1\ta\t.5\nq1\tb c\t-2\nq2\ta\t\n"),
         (
             "c.jsonl",
-            '{"query_id":"q1","image_id":"a","first_stage_score":0.5}\n'
-            '{"query_id":"q1","image_id":"b c","first_stage_score":-2}\n{"query_id":"q2","image_id":"a"}\n',
+            (
+                '{"query_id":"q1","image_id":"a","first_stage_score":0.5}\n'
+                '{"query_id":"q1","image_id":"b c","first_stage_score":-2}\n{"query_id":"q2","image_id":"a"}\n'
+            ),
         ),
     ],
 )
