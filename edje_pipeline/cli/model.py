@@ -48,7 +48,7 @@ def import_checkpoint_command(
         typer.Option("--interpolation", help="Of the image processor: bilinear or bicubic.", show_default="by model"),
     ] = None,
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Make a model directory from the authors' training checkpoint.
 
@@ -83,7 +83,7 @@ def export_checkpoint_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, hf:ORG/NAME or bundled name.")],
     out: Annotated[Path, typer.Option("--out", help="File to write: .safetensors, else a torch.save file.")],
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Write a model under the names of the authors' training program.
 
@@ -132,7 +132,7 @@ def make_model_command(
     name: Annotated[str | None, typer.Option("--name", help="The model's name.", show_default="--out's")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of what starts random.")] = 0,
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Assemble a model directory to train, from a backbone and a BERT.
 
@@ -166,7 +166,7 @@ def model_info_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, hf:ORG/NAME or bundled name.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")] = False,
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Show the parts of a model, their sizes and fingerprints.
 
