@@ -174,7 +174,8 @@ def make_model(directory: Path, name: str, source: BackboneSource, parts: ModelP
     backbone, text_tower = loaded.backbone, loaded.text_tower
     if text_tower is None and parts.sentence_encoder is not None:
         text_tower = sentence_text_tower(parts.sentence_encoder)
-        if text_tower.spec.embedding_dim != backbone.spec.embedding_dim:
+        # Equal widths by chance are still two spaces: only a map leads from one to the other.
+        if backbone.spec.options.get("embedding_map") != text_tower.spec.embedding_dim:
             backbone = with_embedding_map(backbone, text_tower.spec.embedding_dim, seed=parts.seed)
     tokenizer = bert_tokenizer(parts.joint_encoder)
     num_tokens = parts.num_compressed_tokens or backbone.spec.num_vision_tokens

@@ -58,6 +58,9 @@ def test_make_model_then_info(tmp_path: Path, bert: Path) -> None:
     assert summary["spec"]["adapter"]["num_compressed_tokens"] == 3
     assert summary["spec"]["backbone"]["num_vision_tokens"] == 4
     assert summary["spec"]["text_tower"]["kind"] == "sentence_map"
+    # Both spaces are 32 wide here, and a map still stands between them.
+    assert summary["spec"]["text_tower"]["embedding_dim"] == summary["spec"]["backbone"]["options"]["pooled_dim"] == 32
+    assert summary["spec"]["backbone"]["options"]["embedding_map"] == 32
 
     model = open_model(out)
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
