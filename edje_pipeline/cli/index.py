@@ -21,7 +21,7 @@ def verify(
     snapshot: SnapshotOption = None,
     quiet: QuietOption = False,
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Prove that an index is whole, or list every problem.
 
@@ -48,7 +48,7 @@ def inspect(
     index: IndexArgument,
     snapshot: SnapshotOption = None,
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Show what an index holds, what made it, and how many bytes it takes.
 
@@ -70,7 +70,7 @@ def rollback(
     index: IndexArgument,
     to: Annotated[str | None, typer.Option("--to", help="Snapshot to return to; the parent unless given.")] = None,
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Return to an earlier snapshot. Nothing is removed, so it can be undone.
 
@@ -93,7 +93,7 @@ def prune(
     keep: Annotated[int, typer.Option("--keep", min=0, help="Earlier snapshots to keep.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Drop earlier snapshots and every file that no remaining one needs.
 
@@ -117,7 +117,7 @@ def delete(
     index: IndexArgument,
     ids: Annotated[str, typer.Option("--ids", help="File of image_ids: text, CSV, JSONL or Parquet; .gz, .zst.")],
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Take images out of an index by their ids.
 

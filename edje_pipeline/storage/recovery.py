@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from edje_pipeline.errors import CorruptionError
@@ -35,18 +36,28 @@ def _staged(index: Location) -> Iterator[dict[str, Any]]:
             yield {"config": {}, **run}
 
 
-def finish_published(index: Location) -> Manifest | None:
+@dataclass(frozen=True)
+class PublishedRun:
+    """A run that was killed after its manifest swap and is tidied up now."""
+
+    manifest: Manifest
+    fingerprints: dict[str, str]
+    """With which it was begun; those of the manifest may say more (a codebook trained on the way)."""
+
+
+def finish_published(index: Location) -> PublishedRun | None:
     """Completes what a killed writer left: to be called with the lock held, before anything else.
 
     Returns:
-        The current manifest if its own run was still in staging: it was killed between the manifest
+        The run of the current manifest if it was still in staging: it was killed between the manifest
         swap and the end of its clean-up. Else None.
     """
     manifest = find_manifest(index)
     names = staged_run_ids(index)
     if manifest is not None and manifest.run_id in names:
+        begun = next((run for run in open_runs(index) if run["run_id"] == manifest.run_id), None)
         remove_leftovers(index, manifest)
-        return manifest
+        return PublishedRun(manifest, begun["fingerprints"] if begun else manifest.fingerprints)
     resumable = {run["run_id"] for run in open_runs(index)}
     for name in names:
         if name not in resumable:  # killed before run.json, or an edit (delete) that was cut off
@@ -74,7 +85,7 @@ def remove_leftovers(index: Location, manifest: Manifest) -> list[str]:
         needed = referenced_files(index, manifest)
     except CorruptionError:
         # An older snapshot cannot say what it needs, so nothing may go; `verify` reports it, `prune` drops it.
-        remove_tree(index, f"staging/{manifest.run_id}")
+        _remove_staging(index, manifest.run_id)
         return []
     unfinished = tuple(run["run_id"] for run in open_runs(index) if run["run_id"] != manifest.run_id)
 
@@ -86,9 +97,16 @@ def remove_leftovers(index: Location, manifest: Manifest) -> list[str]:
     removed = []
     for folder in ("shards", "rejects"):
         removed += remove_files(index, folder, is_needed=is_needed)
-    remove_tree(index, f"staging/{manifest.run_id}")
+    _remove_staging(index, manifest.run_id)
     crash_point("publish.cleaned")
     return removed
+
+
+def _remove_staging(index: Location, run_id: str) -> None:
+    """`run.json` goes last: it says with which inputs the run was begun."""
+    for part in ("plan", "receipts"):
+        remove_tree(index, f"staging/{run_id}/{part}")
+    remove_tree(index, f"staging/{run_id}")
 
 
 def referenced_files(index: Location, manifest: Manifest) -> set[str]:

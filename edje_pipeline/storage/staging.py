@@ -154,9 +154,9 @@ class Staging:
         find_manifest(index)  # a newer format is refused before anything is written
         published = finish_published(index)
         if published is not None and published.fingerprints == fingerprints and not restart:
-            run = {"run_id": published.run_id, "fingerprints": fingerprints, "config": config}
+            run = {"run_id": published.manifest.run_id, "fingerprints": fingerprints, "config": config}
             staging = cls(index, lock, run, is_resumed=False)
-            staging.already_published = published
+            staging.already_published = published.manifest
             return staging
         runs = open_runs(index)
         if runs and not restart:
