@@ -27,9 +27,10 @@ class ProductCodec:
     A token x at place i of its image becomes `y = R (x - mean[i])` (R the identity for pq), y is cut
     into m parts of E/m values, and each part is replaced by the index of its nearest centroid
     (Euclidean; the lower index of equals). Centroids whose distances agree to the last bits of
-    float32 may be told apart differently by another BLAS or batch size; the error is the same.
+    float32 may be told apart differently by another BLAS or batch size: both are equally near.
     `decode` puts the centroids together and inverts the two steps. The mean is kept for every place
-    because an adapter's latents are not interchangeable: each has its own mean token.
+    since an adapter's latents are not interchangeable; on averaged patch tokens, whose places are
+    alike, it measured no gain over one shared mean.
 
     Payload of one image: M x m bytes in C order, `P = M m`.
 
