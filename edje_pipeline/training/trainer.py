@@ -152,7 +152,7 @@ class Trainer:
             is_bad = not math.isfinite(float(found["loss"].detach()))
             if collective.any(is_bad, state.device):
                 self._stop_for_nan(number, step, part, found, is_bad=is_bad)
-            (found["loss"] / phase.accumulation).backward()
+            torch.autograd.backward(found["loss"] / phase.accumulation)
             for name, loss in found.items():
                 sums[name] = sums.get(name, 0) + loss.detach().float() / phase.accumulation
         collective.average_gradients(state.learner.parameters())
@@ -162,7 +162,7 @@ class Trainer:
     def _stop_for_nan(self, number: int, step: int, part: PairBatch, found: dict[str, Tensor], *, is_bad: bool) -> None:
         # The weights have not been touched by this step: the state before it is the last good one.
         self._save(step)
-        bad = [name for name, loss in found.items() if not math.isfinite(float(loss))]
+        bad = [name for name, loss in found.items() if not math.isfinite(float(loss.detach()))]
         where = ", ".join(bad) if is_bad else "on another worker"
         raise TrainingError(
             f"the loss of step {step + 1} (phase {self.recipe.phases[number].name!r}) is not finite: {where}; "

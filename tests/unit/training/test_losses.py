@@ -1,0 +1,74 @@
+"""Each loss against a number worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from edje_pipeline.training import losses
+
+
+def test_itm_is_cross_entropy_of_the_first_column() -> None:
+    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    valid = torch.ones(2, 3, dtype=torch.bool)
+    by_hand = (-2.0 + math.log(math.e**2 + 1 + math.e) + math.log(3)) / 2
+    assert losses.itm_loss(logits, valid).item() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_itm_leaves_missing_negatives_out() -> None:
+    logits = torch.tensor([[1.0, 0.0, 50.0]])
+    valid = torch.tensor([[True, True, False]])
+    assert losses.itm_loss(logits, valid).item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
+
+
+def test_itm_gradient_of_a_missing_negative_is_zero() -> None:
+    logits = torch.tensor([[1.0, 0.0, 50.0]], requires_grad=True)
+    losses.itm_loss(logits, torch.tensor([[True, True, False]])).backward()
+    assert logits.grad is not None
+    assert logits.grad[0, 2].item() == 0.0
+    assert logits.grad[0, 0].item() == pytest.approx(-1 / (1 + math.e), abs=1e-6)
+
+
+def test_mlm_is_mean_cross_entropy() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
+    loss = losses.mlm_loss(logits, torch.tensor([0, 2]))
+    assert loss.item() == pytest.approx(-(math.log(0.5) + math.log(0.8)) / 2, abs=1e-6)
+
+
+def test_recovery_is_one_minus_cosine() -> None:
+    projected = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    target = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    # cosines 3/5 and -1
+    assert losses.recovery_loss(projected, target).item() == pytest.approx((0.4 + 2.0) / 2, abs=1e-6)
+
+
+def test_distillation_is_binary_cross_entropy_with_soft_targets() -> None:
+    student, teacher = torch.tensor([0.0, math.log(3.0)]), torch.tensor([0.0, -math.log(3.0)])
+    # Pair 1: student and teacher say 1/2. Pair 2: student 3/4, teacher 1/4.
+    by_hand = (math.log(2) - 0.25 * math.log(0.75) - 0.75 * math.log(0.25)) / 2
+    assert losses.distillation_loss(student, teacher).item() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_distillation_is_least_where_student_equals_teacher() -> None:
+    teacher = torch.tensor([0.3, -2.0, 1.0])
+    student = teacher.clone().requires_grad_(True)
+    losses.distillation_loss(student, teacher).backward()
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad, torch.zeros(3), atol=1e-7, rtol=0)
+
+
+def test_contrastive_both_directions() -> None:
+    images, texts = torch.tensor([[2.0, 0.0], [0.0, 5.0]]), torch.eye(2)
+    same = torch.eye(2, dtype=torch.bool)
+    loss = losses.contrastive_loss(images, texts, same, torch.arange(2), temperature=0.5)
+    # Cosines are the identity: each row and column is log(1 + exp((0 - 1) / 0.5)).
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-6)
+
+
+def test_contrastive_leaves_same_captions_out() -> None:
+    images, texts = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    same = torch.ones(2, 2, dtype=torch.bool)
+    loss = losses.contrastive_loss(images, texts, same, torch.arange(2), temperature=0.1)
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
