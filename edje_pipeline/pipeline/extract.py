@@ -253,7 +253,7 @@ def to_result(
     if report.outcome.num_dropped_receipts:
         notes.append(f"{report.outcome.num_dropped_receipts:,} damaged shards were found and computed again")
     if report.manifest is None:
-        notes.append("the corpus holds nothing that is new or changed")
+        notes.append("nothing is new or changed, so the snapshot stays as it is")
     removed = 0
     if existing is not None and report.manifest is not None and request.mode == "add":
         removed = max(report.manifest.counts.tombstones - existing.counts.tombstones, 0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from edje_pipeline.errors import IndexStateError
 from edje_pipeline.pipeline.codec_training import staged_codec
@@ -24,9 +25,11 @@ from edje_pipeline.pipeline.stages import Machine, extract_stages
 from edje_pipeline.progress import progress
 from edje_pipeline.storage.codecs import Codec, Float16Codec, save_codec
 from edje_pipeline.storage.location import Location
-from edje_pipeline.storage.manifest import Manifest
+from edje_pipeline.storage.manifest import Manifest, find_manifest
 from edje_pipeline.storage.plan import KnownFilter, PlanInfo, write_plan
 from edje_pipeline.storage.publish import publish
+from edje_pipeline.storage.reject_merge import read_reject_ids
+from edje_pipeline.storage.snapshot_files import read_rejects
 from edje_pipeline.storage.sources import Source
 from edje_pipeline.storage.staging import Staging
 
@@ -57,7 +60,8 @@ class RunRequest:
     """One run over images."""
 
     index: Location
-    source: Source
+    source: Source | None
+    """None for a run that starts from stored tokens."""
     choice: Choice
     mode: Literal["new", "add"]
     action: str
@@ -112,7 +116,7 @@ def run_images(request: RunRequest) -> RunReport:
     ) as staging:  # fmt: skip
         if staging.already_published is not None:
             manifest = staging.already_published
-            plan = PlanInfo(0, 0, 1, "", {}, request.source.describe())
+            plan = PlanInfo(0, 0, 1, "", {}, request.source.describe() if request.source is not None else "")
             counts = manifest.run_counts
             return RunReport(
                 manifest, plan, RunOutcome(), counts["listed"], counts["accepted"], counts["rejected"], True
@@ -140,6 +144,12 @@ def _run(request: RunRequest, staging: Staging) -> RunReport:
     codec = request.choice.codec
     if staging.covered.num_rows < plan.num_rows or codec is None:
         codec, outcome = _compute(request, staging, plan, outcome)
+    accepted = sum(receipt.num_accepted for receipt in staging.receipts)
+    rejected = sum(receipt.num_rejected for receipt in staging.receipts)
+    if request.mode == "add" and not accepted and (removed is None or not removed.num_rows):
+        if _are_known_rejects(staging):
+            staging.discard()  # the same images failed again: a snapshot would be a copy of its parent
+            return RunReport(None, plan, outcome, resumed, 0, rejected)
     timings["compute_s"] = outcome.metrics.wall_s
     timings.update({name: round(value, 3) for name, value in outcome.metrics.values.items() if name.endswith("_s")})
     save_codec(codec, staging.index)
@@ -149,15 +159,24 @@ def _run(request: RunRequest, staging: Staging) -> RunReport:
     started = time.monotonic()
     manifest = publish(staging, head=head, mode=request.mode, removed=removed, action=request.action)
     timings["publish_s"] = time.monotonic() - started
-    accepted = sum(receipt.num_accepted for receipt in staging.receipts)
-    rejected = sum(receipt.num_rejected for receipt in staging.receipts)
     return RunReport(manifest, plan, outcome, resumed, accepted, rejected, timings=timings)
+
+
+def _are_known_rejects(staging: Staging) -> bool:
+    """True when every reject of this run is one of the current snapshot's already."""
+    manifest = find_manifest(staging.index)
+    if manifest is None:
+        return False
+    new = read_reject_ids(staging.index, [receipt.rejects for receipt in staging.receipts if receipt.rejects])
+    old = read_reject_ids(staging.index, read_rejects(staging.index, manifest))
+    return bool(pc.all(pc.is_in(new, value_set=old)).as_py())
 
 
 def _plan(request: RunRequest, staging: Staging) -> PlanInfo:
     info = staging.plan_info
     if info is not None:
         return PlanInfo.from_dict(info)
+    assert request.source is not None
     spec = request.choice.model.spec.preprocess
     batch_size = request.compute.batch_size or DEFAULT_BATCH["cpu"]
     unit_rows = choose_unit_rows(spec.pixel_bytes, batch_size, small_corpus_size(request.source, request.limit))

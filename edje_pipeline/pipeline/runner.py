@@ -114,6 +114,7 @@ def run_units(
     label: str,
     quiet: bool = False,
     max_reject_fraction: float | None = None,
+    make_units: Callable[[Sequence[tuple[int, int]]], pa.Table] | None = None,
 ) -> RunOutcome:
     """Computes every plan row that the journal does not have.
 
@@ -126,6 +127,7 @@ def run_units(
         label: shown by the progress display.
         quiet: show nothing.
         max_reject_fraction: see `check_reject_limit`.
+        make_units: missing row ranges -> UNIT_SCHEMA; None: units of `job.unit_rows` rows.
 
     Raises:
         RejectLimitError: too many rejects; what was done stays journalled.
@@ -135,10 +137,11 @@ def run_units(
     rejected = sum(receipt.num_rejected for receipt in staging.receipts)
     started = time.monotonic()
     passes_without_progress = 0
+    to_units = make_units or (lambda missing: units_of(missing, job.unit_rows))
     with progress(label, num_rows, quiet=quiet, skipped=staging.covered.num_rows) as report:
         while missing := staging.covered.missing(num_rows):
             before = staging.covered.num_rows
-            with contextlib.closing(execution.run(stages, job, units_of(missing, job.unit_rows))) as tables:
+            with contextlib.closing(execution.run(stages, job, to_units(missing))) as tables:
                 for table in tables:
                     for receipt in _take(staging, table):
                         outcome.metrics.add(receipt.stats)
