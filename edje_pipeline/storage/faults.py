@@ -30,7 +30,7 @@ POINTS = (
     "publish.cleaning",
     "publish.cleaned",
 )
-"""Every point that this package passes, in the order of a run."""
+"""The points of `storage`, in the order of a run; the pipeline names its own (`stage.*`, `score.*`)."""
 
 
 def _target() -> tuple[str, int] | None:

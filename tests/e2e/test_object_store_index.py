@@ -189,6 +189,15 @@ class Line:
         self._listener.close()
 
 
+def cut_off_run(location: Location, line: Line) -> None:
+    codec = default_codec()
+    with Staging.begin(location, fingerprints=fingerprints_of(codec), config={}) as staging:
+        staging.set_plan_info({"num_rows": 60})
+        staging.journal([write_chunk(staging, IDS[:20], 0, codec)])
+        line.cut()
+        staging.journal([write_chunk(staging, IDS[20:40], 20, codec)])
+
+
 def test_a_lost_connection_in_the_middle(server: Server, uri: str) -> None:
     """The line is cut between two shards: one clear line; what was journalled counts when it is back."""
     line = Line(server.port)
@@ -196,14 +205,8 @@ def test_a_lost_connection_in_the_middle(server: Server, uri: str) -> None:
     location = Location.parse(uri)
     codec = default_codec()
     try:
-        with (
-            pytest.raises(StorageError) as caught,
-            Staging.begin(location, fingerprints=fingerprints_of(codec), config={}) as staging,
-        ):
-            staging.set_plan_info({"num_rows": 60})
-            staging.journal([write_chunk(staging, IDS[:20], 0, codec)])
-            line.cut()
-            staging.journal([write_chunk(staging, IDS[20:40], 20, codec)])
+        with pytest.raises(StorageError) as caught:
+            cut_off_run(location, line)
         assert "\n" not in str(caught.value)
         assert "run the same command again" in str(caught.value)
         with pytest.raises(StorageError, match="run the same command again"):

@@ -125,6 +125,7 @@ def run_process(root: Path, mode: str, crash_at: str = "") -> subprocess.Complet
 
 CRASHES = [
     ("new", "staging.created:1"),
+    ("new", "write.begin:2"),
     ("new", "write.middle:2"),
     ("new", "journal.begin:2"),
     ("new", "journal.done:3"),
@@ -136,8 +137,6 @@ CRASHES = [
     ("new", "publish.cleaned:1"),
     ("add", "write.done:1"),
     ("add", "publish.lookup:1"),
-    ("add", "publish.rejects:1"),
-    ("add", "publish.head:1"),
     ("add", "publish.swapped:1"),
     ("add", "publish.cleaning:1"),
 ]
@@ -179,3 +178,18 @@ def test_receipts_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
         broken = type(receipt)(((0, 3),), receipt.shard)
         with pytest.raises(CorruptionError, match="covers 3 rows"):
             staging.journal([broken])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("crash_at", ["publish.lookup:1", "publish.head:1", "publish.swapped:1"])
+def test_a_deletion_that_is_killed(tmp_path: Path, crash_at: str) -> None:
+    base = [f"x{number:04d}" for number in range(60)]
+    run_extract(tmp_path, base, rejected=["x0007", "x0030"], part_rows=25)
+    killed = run_process(tmp_path, "delete", crash_at)
+    assert killed.returncode == -9, killed.stderr
+    again = run_process(tmp_path, "delete")
+    assert again.returncode == 0, again.stderr
+    assert Index.open(tmp_path).ids() == sorted({*base} - {"x0003", "x0007", "x0030", "x0059"})
+    assert len(list((tmp_path / "snapshots").iterdir())) == 2
+    assert not list((tmp_path / "staging").iterdir())
+    assert_good(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -51,13 +52,13 @@ def test_resume_knows_what_is_done(tmp_path: Path) -> None:
         assert staging.covered.missing(6) == [(4, 6)]
         assert staging.plan_info == {"num_rows": 6}
         assert staging.verify_staged() == []
-    report = verify(Location.parse(run_dir_free_index(tmp_path)))
+    report = verify(Location.parse(with_published_files(tmp_path)))
     assert report.unfinished_runs == (staging.run_id,)
     assert report.problems == ()
 
 
-def run_dir_free_index(root: Path) -> Path:
-    """The index with a published snapshot beside the unfinished run, made by hand-free means: another index's files."""
+def with_published_files(root: Path) -> Path:
+    """`root` with the files of another, published index beside its unfinished run."""
     other = root.parent / "other"
     run_extract(other, ["z"])
     for path in other.rglob("*"):
@@ -184,3 +185,15 @@ def test_a_run_killed_while_tidying_up_is_known_as_published(tmp_path: Path) -> 
     assert list((tmp_path / "staging").iterdir()) == []
     with begin(tmp_path) as staging:
         assert staging.already_published is None
+
+
+def test_a_codebook_trained_on_the_way_does_not_hide_a_published_run(tmp_path: Path) -> None:
+    """The run began with the codec's name as its fingerprint; the manifest has the trained one."""
+    manifest = run_extract(tmp_path, ["a", "b"])
+    folder = tmp_path / "staging" / manifest.run_id
+    folder.mkdir(parents=True)
+    begun = {**fingerprints_of(CODEC), "codec": "untrained"}
+    run = {"run_id": manifest.run_id, "kind": "run", "fingerprints": begun}
+    (folder / "run.json").write_text(json.dumps(run))
+    with begin(tmp_path, codec="untrained") as staging:
+        assert staging.already_published == manifest
