@@ -101,20 +101,19 @@ class EstimateResult:
     def to_text(self) -> str:
         rejects = f", {self.probed_rejects} rejected" if self.probed_rejects else ""
         devices = f"{self.num_devices} {self.device}" + ("" if self.device == "cpu" else "s")
-        return "\n".join(
-            [
-                f"corpus          {self.description}",
-                f"images          {self.num_images:,}",
-                f"probe           {self.num_probed} images{rejects}: decode {self.decode_s_per_image * 1e3:.1f} ms, "
-                f"encode {self.encode_s_per_image * 1e3:.1f} ms",
-                f"speed           {self.images_per_s:,.1f} images/s ({devices}, {self.num_cpus} cores; "
-                f"{self.slowest_stage} decides)",
-                f"time            {format_duration(self.total_s)}",
-                f"device hours    {self.device_hours:,.2f}",
-                f"bytes to read   {format_bytes(self.read_bytes)}",
-                f"bytes to store  {format_bytes(self.stored_bytes)} ({self.payload_bytes:,} B an image, {self.variant})",
-            ]
-        )
+        decode_ms, encode_ms = self.decode_s_per_image * 1e3, self.encode_s_per_image * 1e3
+        hardware = f"{devices}, {self.num_cpus} cores; {self.slowest_stage} decides"
+        lines = {
+            "corpus": self.description,
+            "images": f"{self.num_images:,}",
+            "probe": f"{self.num_probed} images{rejects}: decode {decode_ms:.1f} ms, encode {encode_ms:.1f} ms",
+            "speed": f"{self.images_per_s:,.1f} images/s ({hardware})",
+            "time": format_duration(self.total_s),
+            "device hours": f"{self.device_hours:,.2f}",
+            "bytes to read": format_bytes(self.read_bytes),
+            "bytes to store": f"{format_bytes(self.stored_bytes)} ({self.payload_bytes:,} B an image, {self.variant})",
+        }
+        return "\n".join(f"{name:<15} {value}" for name, value in lines.items())
 
 
 def run_estimate(config: EstimateConfig) -> EstimateResult:
@@ -127,21 +126,23 @@ def run_estimate(config: EstimateConfig) -> EstimateResult:
     if config.corpus is not None:
         source = open_source(config.corpus, config.source, options=config.source_options)
         sample, counted = _sample(source, config)
-        description, blobs = source.describe(), read_images(source.to_dict(), sample)
+        blobs: list[Any] = list(read_images(source.to_dict(), sample))
+        description = source.describe()
     else:
         description, counted = "synthetic 640 x 480 JPEG", 0
-        sample, blobs = _synthetic(config.num_probe)
+        sample, made = _synthetic(config.num_probe)
+        blobs = list(made)
     num_images = config.num_images or counted
     if not num_images or not sample.num_rows:
         raise ConfigError(f"{description}: there is no image to measure")
     machine = Machine(config.num_cpus or available_cpus(), _num_gpus(config.num_gpus))
     decode_s, pixels, num_rejected = _time_decode(sample, blobs, choice, config)
     encode_s = _time_encode(pixels, choice, config, machine)
-    return _result(config, choice, machine, description, num_images, blobs, decode_s, encode_s, num_rejected)
+    return _result(choice, machine, description, num_images, blobs, decode_s, encode_s, num_rejected)
 
 
 def _result(
-    config: EstimateConfig, choice: Choice, machine: Machine, description: str, num_images: int, blobs: list[Any],
+    choice: Choice, machine: Machine, description: str, num_images: int, blobs: list[Any],
     decode_s: float, encode_s: float, num_rejected: int,
 ) -> EstimateResult:  # fmt: skip
     encode_rate = machine.num_encoders / max(encode_s, 1e-9)
@@ -225,10 +226,12 @@ def _time_decode(
     from edje_pipeline.storage.arrow import numpy_from_fixed_binary
 
     spec = choice.model.spec.preprocess
-    limits = {"max_pixels": config.compute.max_pixels, "max_bytes": config.compute.max_bytes}
-    decode_batch(sample.slice(0, 1), blobs[:1], spec, **limits)  # imports and tables of Pillow
+    limits = (config.compute.max_pixels, config.compute.max_bytes)
+    decode_batch(
+        sample.slice(0, 1), blobs[:1], spec, max_pixels=limits[0], max_bytes=limits[1]
+    )  # imports and tables of Pillow
     started = time.perf_counter()
-    table = decode_batch(sample, blobs, spec, **limits)
+    table = decode_batch(sample, blobs, spec, max_pixels=limits[0], max_bytes=limits[1])
     seconds = (time.perf_counter() - started) / sample.num_rows
     accepted = np.asarray(table.column("reject_reason").is_null())
     pixels = numpy_from_fixed_binary(table.column("pixels").combine_chunks()).reshape(-1, *spec.image_size, 3)

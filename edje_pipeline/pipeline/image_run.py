@@ -146,10 +146,10 @@ def _run(request: RunRequest, staging: Staging) -> RunReport:
         codec, outcome = _compute(request, staging, plan, outcome)
     accepted = sum(receipt.num_accepted for receipt in staging.receipts)
     rejected = sum(receipt.num_rejected for receipt in staging.receipts)
-    if request.mode == "add" and not accepted and (removed is None or not removed.num_rows):
-        if _are_known_rejects(staging):
-            staging.discard()  # the same images failed again: a snapshot would be a copy of its parent
-            return RunReport(None, plan, outcome, resumed, 0, rejected)
+    changes_nothing = request.mode == "add" and not accepted and (removed is None or not removed.num_rows)
+    if changes_nothing and _are_known_rejects(staging):
+        staging.discard()  # the same images failed again: a snapshot would be a copy of its parent
+        return RunReport(None, plan, outcome, resumed, 0, rejected)
     timings["compute_s"] = outcome.metrics.wall_s
     timings.update({name: round(value, 3) for name, value in outcome.metrics.values.items() if name.endswith("_s")})
     save_codec(codec, staging.index)
