@@ -59,6 +59,7 @@ def run_one(folder: Path, num_pairs: int) -> None:
             candidates=str(folder / f"candidates-{num_pairs}.parquet"),
             out=str(folder / f"out-{num_pairs}"),
             num_workers=0,
+            num_threads=1,  # the tiny model's products are too small to share
             quiet=True,
             overwrite=True,
         )
@@ -82,10 +83,9 @@ def main() -> None:
     from edje_pipeline.models.random_model import write_random_model
     from tests.index_util import write_index
 
-    lines = [
-        "| pairs | wall s | hash s | join s | score s | regroup s | (join + regroup) / wall | pairs/s | peak RSS MB | before MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    names = ["pairs", "wall s", "hash s", "join s", "score s", "regroup s", "(join + regroup) / wall", "pairs/s"]
+    names += ["peak RSS MB", "before MB"]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     with tempfile.TemporaryDirectory(prefix="edje-growth-") as name:
         folder = Path(name)
         model = write_random_model(folder / "model", size="tiny")
@@ -112,7 +112,8 @@ def main() -> None:
 
         versions = f"torch {torch.__version__}, pyarrow {pa.__version__}, numpy {np.__version__}, {platform.machine()}"
         command = "python -m benchmarks.score_growth " + " ".join(sys.argv[1:])
-        head = f"# Scoring: growth with the number of pairs\n\n`{command}`; {versions}, Python {platform.python_version()}.\n"
+        title = "# Scoring: growth with the number of pairs"
+        head = f"{title}\n\n`{command}`; {versions}, Python {platform.python_version()}.\n"
         options.out.parent.mkdir(parents=True, exist_ok=True)
         note = f"{options.images:,} stored images of 4 x 32 float16 tokens, tiny random model, in process.\n"
         options.out.write_text(f"{head}{note}\n{text}")
