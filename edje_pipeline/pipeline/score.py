@@ -7,7 +7,6 @@ Killed at any moment, the same call goes on where it stopped; see `score_store` 
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from edje_pipeline.pipeline.score_rank import PART_SCHEMA, RESULT_SCHEMA, check_
 from edje_pipeline.pipeline.score_result import ScoreResult
 from edje_pipeline.pipeline.score_store import ScoreReceipt, ScoreStore
 from edje_pipeline.pipeline.score_worker import UnitScorer, WorkerSpec
+from edje_pipeline.pipeline.stages import available_cpus
 from edje_pipeline.progress import progress
 from edje_pipeline.storage.faults import crash_point
 from edje_pipeline.storage.index import Index
@@ -161,7 +161,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
             precision=precision,
             device=str(device),
             run_dir=store.run_dir.uri,
-            num_threads=config.num_threads or len(os.sched_getaffinity(0)),
+            num_threads=config.num_threads or available_cpus(),
         )
         num_workers = choose_workers(config, info, device.type)
         with clock.stage("score"):
@@ -257,7 +257,7 @@ def choose_workers(config: ScoreConfig, info: PlanInfo, device: str) -> int:
 
         parallel = torch.cuda.device_count()
     else:
-        parallel = len(os.sched_getaffinity(0)) // CPUS_A_WORKER
+        parallel = available_cpus() // CPUS_A_WORKER
     if config.ray_address is not None:
         return max(1, parallel)
     return parallel if parallel > 1 and info.num_pairs >= RAY_MIN_PAIRS else 0
