@@ -203,7 +203,7 @@ def _build(kind: type[T], value: Any, label: str, problems: list[str]) -> T | No
     problems += [f"{label} has no key {key!r}{suggest(key, dashed)}" for key in unknown]
     try:
         return kind(**{key: entry for key, entry in values.items() if key in known})
-    except TypeError as error:
+    except (TypeError, ConfigError) as error:
         problems.append(f"{label}: {error}")
         return None
 

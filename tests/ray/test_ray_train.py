@@ -40,7 +40,8 @@ def test_two_workers_compute_what_one_does(tmp_path: Path) -> None:
 
     alone = replace(job_in(tmp_path, 8), out=str(tmp_path / "alone"))
     train(alone)
-    halves = job_in(tmp_path, 4)
+    half = replace(alone.recipe.phases[0], batch_size=4)
+    halves = replace(alone, out=str(tmp_path / "out"), recipe=replace(alone.recipe, phases=(half,)))
     result = train_with_ray(halves, num_workers=2)
     assert result.steps == 4
     np.testing.assert_allclose(losses(halves), losses(alone), rtol=2e-3)

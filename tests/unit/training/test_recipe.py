@@ -1,0 +1,92 @@
+"""Recipes as TOML: what is read, and complaints that name everything at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edje_pipeline.errors import ConfigError
+from edje_pipeline.training.recipe import LossWeights, NegativeSpec, Phase, Recipe, read_recipe, recipe_from_dict
+from edje_pipeline.training.schedule import rate_factor
+
+TOML = """
+seed = 4
+weight-decay = 0.1
+
+[[phase]]
+name = "warm-up"
+steps = 100
+batch-size = 64
+weights = { contrastive = 1.0 }
+
+[[phase]]
+name = "itm"
+steps = 50
+learning-rate = 2e-5
+weights = { itm = 1.0, mlm = 0.5 }
+negatives = { num-hard = 2, num-random = 5, pool = 16 }
+captions = "first"
+"""
+
+
+def test_read(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(TOML)
+    recipe = read_recipe(tmp_path / "r.toml")
+    assert (recipe.seed, recipe.weight_decay, recipe.total_steps) == (4, 0.1, 150)
+    assert recipe.phases[0] == Phase("warm-up", 100, batch_size=64, weights=LossWeights(contrastive=1.0))
+    assert recipe.phases[1].negatives == NegativeSpec(2, 5, 16)
+    assert [recipe.locate(step) for step in (0, 99, 100, 149, 150)] == [(0, 0), (0, 99), (1, 0), (1, 49), (1, 50)]
+
+
+def test_every_problem_is_named() -> None:
+    content = {
+        "sead": 1,
+        "phase": [
+            {"name": "a", "steps": 0, "weigths": {}},
+            {"name": "b", "steps": 2, "weights": {"itm": 1.0, "style": 2.0}, "batch-size": 3, "accumulation": 2},
+            {"name": "c"},
+        ],
+    }
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_dict(content)
+    for part in ("sead", "weigths", "did you mean 'weights'", "style", "[[phase]] c", "steps"):
+        assert part in str(caught.value)
+
+
+def test_values_that_do_not_work() -> None:
+    with pytest.raises(ConfigError, match="multiple of accumulation"):
+        Recipe((Phase("p", 1, batch_size=3, accumulation=2),))
+    with pytest.raises(ConfigError, match="no \\[\\[phase\\]\\]"):
+        Recipe(())
+    with pytest.raises(ConfigError, match="at least one weight"):
+        Recipe((Phase("p", 1, weights=LossWeights()),))
+    with pytest.raises(ConfigError, match="pool not below num-hard"):
+        Recipe((Phase("p", 1, negatives=NegativeSpec(3, 0, 1)),))
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_recipe(tmp_path / "no.toml")
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        read_recipe(tmp_path / "bad.toml")
+
+
+def test_logging_does_not_change_the_fingerprint() -> None:
+    phase = Phase("p", 10)
+    assert Recipe((phase,)).fingerprint == Recipe((phase,), log_every=3, checkpoint_every=7).fingerprint
+    assert Recipe((phase,)).fingerprint != Recipe((phase,), seed=1).fingerprint
+
+
+def test_rate_warms_up_and_decays() -> None:
+    phase = Phase("p", 100, warmup_fraction=0.1, final_fraction=0.2)
+    assert rate_factor(0, phase) == pytest.approx(0.1)
+    assert rate_factor(9, phase) == rate_factor(10, phase) == pytest.approx(1.0)
+    assert rate_factor(55, phase) == pytest.approx(0.6)
+    assert rate_factor(100, phase) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.toml")), ids=str)
+def test_committed_recipes_are_valid(path: Path) -> None:
+    assert read_recipe(path).total_steps > 0
