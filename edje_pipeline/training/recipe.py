@@ -110,6 +110,8 @@ class Recipe:
     clip_norm: float = 1.0
     mask_fraction: float = 0.5
     """Of the text tokens, for MLM."""
+    calibrate_adapter: bool = False
+    """Fit a fresh adapter's scales to the vision tokens and the word embeddings first; see calibrate.py."""
     precision: Precision = "auto"
     """auto: bfloat16 where the device computes it faster, float32 elsewhere; weights stay float32."""
     log_every: int = 10

@@ -24,6 +24,7 @@ from edje_pipeline.storage.codecs import Codec, needs_codebook, resolve, save_co
 from edje_pipeline.storage.index import Index
 from edje_pipeline.storage.location import Location
 from edje_pipeline.training.batches import Corpus
+from edje_pipeline.training.calibrate import calibrate_adapter
 from edje_pipeline.training.collective import Collective
 from edje_pipeline.training.data import Captions, read_captions
 from edje_pipeline.training.heads import TrainingHeads
@@ -38,6 +39,7 @@ from edje_pipeline.training.validation import Validator
 
 HEADS_FILE = "training_heads.safetensors"
 CODEC_SAMPLE_IMAGES = 4096
+CALIBRATION_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,10 @@ def prepare(job: TrainJob, collective: Collective) -> Prepared:
     tokenizer = model.load_tokenizer()
     corpus = Corpus(captions, source, positions, text_embeddings, image_embeddings, tokenizer)
     learner = _learner(model, text_embeddings.shape[1], job.recipe.seed)
+    if job.recipe.calibrate_adapter:
+        chosen = np.random.default_rng(job.recipe.seed).permutation(positions)[:CALIBRATION_IMAGES]
+        words = float(learner.encoder.word_embeddings.weight.detach().std())
+        calibrate_adapter(learner.adapter, torch.from_numpy(source.tokens(chosen)), words)
     wants_neighbours = any(phase.neighbours for phase in job.recipe.phases)
     neighbours = nearest_texts(text_embeddings) if wants_neighbours else None
     state = TrainState(
