@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,17 @@ PREFIX = "metric_"
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory that this process ever had."""
+    """Largest resident memory that this program ever had.
+
+    `getrusage` is the fallback only: on Linux its figure survives exec, so that a worker would report
+    the peak of the process it was forked from.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no /proc: not Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

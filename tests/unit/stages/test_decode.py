@@ -237,10 +237,11 @@ def test_reduced_jpeg_is_close_and_keeps_the_original_size() -> None:
 
 
 _VERDICTS = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import pyarrow as pa
 from edje_pipeline.models.spec import PreprocessSpec
+from edje_pipeline.pipeline.metrics import peak_rss_bytes
 from edje_pipeline.stages.decode import decode_batch
 from edje_pipeline.storage.schema import PLAN_SCHEMA
 paths = sorted(path for path in Path(sys.argv[1]).rglob("*") if path.is_file())
@@ -249,7 +250,7 @@ names = [str(path) for path in paths]
 rows = pa.table([range(n), names, names, [""] * n, [0] * n, [-1] * n], schema=PLAN_SCHEMA)
 batch = decode_batch(rows, [path.read_bytes() for path in paths], PreprocessSpec((224, 224)))
 columns = ["image_id", "reject_reason", "reject_message", "width", "height"]
-print(json.dumps([batch.select(columns).to_pylist(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([batch.select(columns).to_pylist(), peak_rss_bytes()]))
 """
 
 
