@@ -80,7 +80,7 @@ def start_cli(*args: object, env: dict[str, str] | None = None) -> subprocess.Po
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", **(env or {})},
     )
 
 
@@ -149,7 +149,9 @@ def assert_sound(index: Path, expected: dict[str, str], num_rejected: int) -> No
     opened = Index.open(index)
     counts = opened.manifest.counts
     assert counts.listed == counts.accepted + counts.rejected == len(expected) + num_rejected
-    assert {path.name for path in (index / "shards").iterdir()} == {Path(e.path).name for e in opened.shards}
+    snapshots = [Index.open(index, path.name) for path in (index / "snapshots").iterdir()]
+    named = {Path(entry.path).name for snapshot in snapshots for entry in snapshot.shards}
+    assert {path.name for path in (index / "shards").iterdir()} == named
     leftovers = [p for p in index.rglob("*") if p.is_file() and (p.name.startswith(".tmp") or "staging" in p.parts)]
     assert leftovers == []
     assert {path.name for path in index.iterdir()} <= {

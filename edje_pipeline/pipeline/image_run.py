@@ -17,6 +17,7 @@ from edje_pipeline.pipeline.model_choice import Choice
 from edje_pipeline.pipeline.runner import (
     ExecutorOptions,
     RunOutcome,
+    check_devices,
     executing,
     interruptible,
     run_units,
@@ -110,6 +111,7 @@ def run_images(request: RunRequest) -> RunReport:
         IndexLockedError, ResumeMismatchError: see `Staging.begin`.
         RejectLimitError, WorkerError, DeviceError, StorageError: finished work stays in staging.
     """
+    check_devices(request.executor)
     with interruptible(), Staging.begin(
         request.index, fingerprints=request.fingerprints, config=request.config, restart=request.restart,
         purpose=request.action,

@@ -138,7 +138,11 @@ def _start(
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"reach the ray cluster at {address}" if address else "start ray on this machine"
-        hint = "check --ray-address" if address else "small corpora do without it: --executor local"
+        hint = (
+            "check --ray-address, and RAY_AUTH_MODE=token if the cluster asks for a token"
+            if address
+            else "small corpora do without it: --executor local"
+        )
         raise WorkerError(f"cannot {where}: {error}; {hint}") from error
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from edje_pipeline.pipeline.image_run import DEFAULT_BATCH, RunReport, RunRequest
 from edje_pipeline.pipeline.job import UNIT_BYTES, Job, choose_shard_rows
 from edje_pipeline.pipeline.model_choice import NO_ADAPTER
-from edje_pipeline.pipeline.runner import RunOutcome, executing, interruptible, run_units
+from edje_pipeline.pipeline.runner import RunOutcome, check_devices, executing, interruptible, run_units
 from edje_pipeline.pipeline.stored_run import StoredRows, keep_rejects, transcode_stages, vision_token_stages
 from edje_pipeline.pipeline.train_codec import default_sample_images, sample_tokens, train_from_tokens
 from edje_pipeline.storage.codecs import Codec, Float16Codec, codec_to_bytes, read_codec_file, save_codec
@@ -20,6 +20,7 @@ from edje_pipeline.storage.staging import Staging
 
 def run_stored(request: RunRequest, old: Index) -> RunReport:
     """Makes and publishes a snapshot from the tokens of `old`; the same call again resumes."""
+    check_devices(request.executor)
     with interruptible(), Staging.begin(
         request.index, fingerprints=request.fingerprints, config=request.config, restart=request.restart,
         purpose=request.action,

@@ -18,7 +18,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from edje_pipeline.errors import RejectLimitError, WorkerError
+from edje_pipeline.errors import DeviceError, RejectLimitError, WorkerError
 from edje_pipeline.pipeline.job import Job
 from edje_pipeline.pipeline.metrics import RunMetrics
 from edje_pipeline.pipeline.stages import Machine, Stage, available_cpus, worker_counts
@@ -91,17 +91,30 @@ def executing(options: ExecutorOptions, *, block_bytes: int) -> Iterator[Executi
         yield Execution(cluster.machine, run)
 
 
+def check_devices(options: ExecutorOptions) -> None:
+    """Before anything is written: are the GPUs there that were asked for on this machine?
+
+    Raises:
+        DeviceError: they are not.
+    """
+    if not options.num_gpus or options.ray_address:
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if options.num_gpus > found:
+        raise DeviceError(
+            f"--num-gpus {options.num_gpus} was asked for, this machine has {found} CUDA devices that torch can use; "
+            f"run with --num-gpus {found}" + ("" if found else " to use the CPU")
+        )
+
+
 def _local_gpus(num_gpus: int | None) -> int:
     if num_gpus == 0:
         return 0
     import torch
 
-    found = torch.cuda.device_count()
-    if num_gpus is not None and num_gpus > found:
-        from edje_pipeline.stages.encode import require_device
-
-        require_device("cuda")
-    return min(found, 1)  # one process, one device
+    return min(torch.cuda.device_count(), 1)  # one process, one device
 
 
 def run_units(

@@ -24,31 +24,44 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def _own_ip() -> str:
+    """The address that ray takes for this machine, on both sides."""
+    from ray.util import get_node_ip_address
+
+    return str(get_node_ip_address())
+
+
+def _is_open(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
+
+
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """Address of a head node with two CPUs and no dashboard, stopped by the ids of its own processes."""
-    port = _free_port()
+    port, own_ip = _free_port(), _own_ip()
     # Unix socket paths must stay short.
     folder = tempfile.mkdtemp(prefix="edjeray", dir="/tmp")
     started = subprocess.Popen(
         [
             Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
             "--num-gpus=0", "--include-dashboard=false", "--object-store-memory=200000000", f"--temp-dir={folder}",
-            "--disable-usage-stats", "--node-ip-address=127.0.0.1",
+            "--disable-usage-stats", f"--node-ip-address={own_ip}",
         ],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_enable_metrics_collection": "0"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_enable_metrics_collection": "0", "RAY_AUTH_MODE": "disabled"},
     )  # fmt: skip
     try:
         end = time.monotonic() + 120
         while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            if _is_open(own_ip, port):
                 break
             assert started.poll() is None, "ray start ended"
             assert time.monotonic() < end, "ray start takes too long"
             time.sleep(0.2)
         time.sleep(3)  # the raylet registers after the port is open
-        yield f"127.0.0.1:{port}"
+        yield f"{own_ip}:{port}"
     finally:
         children = psutil.Process(started.pid).children(recursive=True) if started.poll() is None else []
         started.send_signal(signal.SIGTERM)
