@@ -7,6 +7,7 @@ however blocks are cut and joined on the way; memory peaks are carried as they a
 from __future__ import annotations
 
 import resource
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,9 +127,14 @@ class RunMetrics:
             for name in PEAKS
             if name in self.values
         )
-        lines = [
-            f"slowest stage   {self.slowest_stage()} (busy: {parts})",
-            f"stage seconds   {seconds}",
-            f"bytes read      {format_bytes(self.values.get('bytes_read', 0.0))}",
-        ]
-        return [*lines, f"peak memory     driver {format_bytes(peak_rss_bytes())}" + (f", {memory}" if memory else "")]
+        table = {
+            "slowest stage": f"{self.slowest_stage()} (busy: {parts})",
+            "stage seconds": seconds,
+            "bytes read": format_bytes(self.values.get("bytes_read", 0.0)),
+            "peak memory": f"driver {format_bytes(peak_rss_bytes())}" + (f", {memory}" if memory else ""),
+        }
+        lines = []
+        for label, value in table.items():
+            first, *rest = textwrap.wrap(value, 62)
+            lines += [f"{label:<15} {first}", *(" " * 16 + line for line in rest)]
+        return lines
