@@ -48,6 +48,9 @@ class Corpus:
 
     def __post_init__(self) -> None:
         self._ids = self.tokenizer.encode(list(self.captions.texts))
+        special = {self.tokenizer.pad_id, self.tokenizer.cls_id, self.tokenizer.sep_id, self.tokenizer.unk_id}
+        used = sorted({piece for ids in self._ids for piece in ids} - special)
+        self._vocabulary = torch.tensor(used or [self.tokenizer.unk_id], dtype=torch.int64)
         most = max(len(numbers) for numbers in self.captions.text_numbers)
         self._captions_of = np.full((len(self.captions), most), -1, np.int64)
         for row, numbers in enumerate(self.captions.text_numbers):
@@ -71,6 +74,7 @@ class Corpus:
                 torch.from_numpy(self._captions_of[pairs.images]),
             ),
             own=torch.from_numpy(own),
+            vocabulary=self._vocabulary.to(device),
         )  # fmt: skip
 
     def describe(self, pairs: PairBatch, most: int = 4) -> str:

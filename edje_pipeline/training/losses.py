@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EXCLUDED = float("-inf")
+WORD_SCALE = 20.0
+"""Multiplies the cosines between image tokens and word embeddings."""
 
 
 def itm_loss(logits_bk: Tensor, is_valid_bk: Tensor) -> Tensor:
@@ -60,3 +62,21 @@ def contrastive_loss(
     # Texts against this worker's images: other workers' images are not known with gradients here.
     per_text = (torch.logsumexp(scores[:, target_b], dim=0) - positive).mean()
     return (per_image + per_text) / 2
+
+
+def words_loss(tokens_bme: Tensor, words_we: Tensor, rows_bl: Tensor, is_word_bl: Tensor) -> Tensor:
+    """Naming: some image token should lie near each word of the caption, among all words of the corpus.
+
+    Not in the paper. It pulls image tokens to where the language model already reads words, so that
+    comparing them with a text is a thing it can do; no forward pass of the language model is needed.
+
+    Args:
+        tokens_bme: (B, M, E) image tokens.
+        words_we: (W, E) word embeddings of the corpus's vocabulary.
+        rows_bl: (B, L) int64, which of the W words stands at a text position.
+        is_word_bl: bool (B, L), False for positions without a word. Texts without any count as 0.
+    """
+    cosines = F.normalize(tokens_bme.float(), dim=-1) @ F.normalize(words_we.float(), dim=-1).T
+    scores = (WORD_SCALE * cosines).logsumexp(dim=1).log_softmax(dim=-1)
+    own = scores.gather(1, rows_bl.masked_fill(~is_word_bl, 0)).masked_fill(~is_word_bl, 0)
+    return -(own.sum(dim=1) / is_word_bl.sum(dim=1).clamp(min=1)).mean()

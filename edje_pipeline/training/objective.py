@@ -50,6 +50,8 @@ class MicroBatch:
     """(G, G) bool, see `hard_negatives.forbidden_pairs`."""
     own: Tensor
     """(B,) int64: the positions this worker is responsible for."""
+    vocabulary: Tensor
+    """(W,) int64, ascending: every word piece of the corpus, special tokens left out."""
 
 
 class Learner(nn.Module):
@@ -133,6 +135,8 @@ def compute_losses(
         found["contrastive"] = losses.contrastive_loss(
             read, batch.text_embeddings, batch.forbidden.to(device)[own], own, phase.temperature
         )
+    if weights.words:
+        found["words"] = _words(learner, batch, tokens[row_of[own]])
     return found
 
 
@@ -194,3 +198,12 @@ def _mlm(
     chosen = chosen.to(input_ids.device)
     predicted = learner.heads.mlm(hidden[chosen], learner.encoder.word_embeddings.weight)
     return losses.mlm_loss(predicted, input_ids[chosen])
+
+
+def _words(learner: Learner, batch: MicroBatch, tokens_bme: Tensor) -> Tensor:
+    input_ids = batch.input_ids[batch.own.to(batch.input_ids.device)]
+    rows = torch.searchsorted(batch.vocabulary, input_ids).clamp(max=len(batch.vocabulary) - 1)
+    is_word = batch.vocabulary[rows] == input_ids
+    # The words stay where the language model knows them: only the image tokens move.
+    words = learner.encoder.word_embeddings.weight.detach()[batch.vocabulary]
+    return losses.words_loss(tokens_bme, words, rows, is_word)

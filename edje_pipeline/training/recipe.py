@@ -46,6 +46,8 @@ class LossWeights:
     recovery: float = 0.0
     distillation: float = 0.0
     contrastive: float = 0.0
+    words: float = 0.0
+    """Image tokens near the words of the caption; see `losses.words_loss`."""
 
 
 @dataclass(frozen=True)

@@ -72,3 +72,20 @@ def test_contrastive_leaves_same_captions_out() -> None:
     same = torch.ones(2, 2, dtype=torch.bool)
     loss = losses.contrastive_loss(images, texts, same, torch.arange(2), temperature=0.1)
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_words_by_hand() -> None:
+    # Two image tokens along the axes, three words: cosines 1 0 r and 0 1 r with r = sqrt(1/2).
+    tokens = torch.tensor([[[2.0, 0.0], [0.0, 3.0]]])
+    words = torch.tensor([[5.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    loss = losses.words_loss(tokens, words, torch.tensor([[0, 2, 1]]), torch.tensor([[True, True, False]]))
+    near = math.log(math.exp(20) + 1)
+    between = math.log(2) + 20 * 0.5**0.5
+    total = math.log(2 * math.exp(near) + math.exp(between))
+    assert loss.item() == pytest.approx(((total - near) + (total - between)) / 2, abs=1e-5)
+
+
+def test_words_without_a_word_count_nothing() -> None:
+    tokens = torch.randn(1, 2, 4, requires_grad=True)
+    loss = losses.words_loss(tokens, torch.randn(3, 4), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2).bool())
+    assert loss.item() == 0.0

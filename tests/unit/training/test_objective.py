@@ -108,6 +108,15 @@ def test_quantized_tokens_change_the_logits(model: ModelDirectory, learner: Lear
     assert learner.adapter.query.grad is not None  # type: ignore[union-attr]
 
 
+def test_words_move_the_adapter_only(model: ModelDirectory, learner: Learner, batch: MicroBatch) -> None:
+    phase = Phase("p", 1, weights=LossWeights(words=1.0))
+    loss = losses_of(model, learner, batch, phase)["words"]
+    assert 0 < float(loss.detach()) < 50
+    loss.backward()
+    assert learner.adapter.query.grad is not None  # type: ignore[union-attr]
+    assert all(parameter.grad is None for parameter in learner.encoder.parameters())
+
+
 def test_total_is_the_weighted_sum() -> None:
     phase = Phase("p", 1, weights=LossWeights(itm=2.0, mlm=0.5))
     assert total_loss({"itm": torch.tensor(1.5), "mlm": torch.tensor(4.0)}, phase).item() == pytest.approx(5.0)
