@@ -166,7 +166,7 @@ class Location:
         """Creates the directory and its parents; on an object store there is nothing to create."""
         if self.is_local:
             with storage_errors(self):
-                self.filesystem.create_dir(self.path, recursive=True)
+                _make_local_dirs(Path(self.path))
 
     @contextlib.contextmanager
     def open_atomic(self) -> Iterator[IO[bytes] | pa.NativeFile]:
@@ -182,7 +182,7 @@ class Location:
                     yield remote
                 return
             target = Path(self.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_local_dirs(target.parent)
             temporary = target.parent / f".tmp-{uuid.uuid4().hex}-{target.name[-80:]}"
             try:
                 with temporary.open("wb") as stream:
@@ -209,6 +209,14 @@ class Location:
         """Removes the directory and all below it; one that is gone already is fine."""
         with storage_errors(self), contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_dir(self.path)
+
+
+def _make_local_dirs(path: Path) -> None:
+    """As mkdir -p. File systems such as /proc answer "not found" when they mean "not here"."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise StorageError(f"cannot create the directory {path}: {error.strerror}; choose another target") from error
 
 
 def fsync_dir(path: Path) -> None:
