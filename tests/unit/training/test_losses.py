@@ -89,3 +89,20 @@ def test_words_without_a_word_count_nothing() -> None:
     tokens = torch.randn(1, 2, 4, requires_grad=True)
     loss = losses.words_loss(tokens, torch.randn(3, 4), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2).bool())
     assert loss.item() == 0.0
+
+
+def test_autocast_does_not_round_the_cosines() -> None:
+    images, texts = torch.randn(6, 32), torch.nn.functional.normalize(torch.randn(6, 32), dim=-1)
+    words, rows = torch.randn(9, 32), torch.randint(0, 9, (6, 2))
+    everything = torch.ones(6, 2).bool()
+
+    def both() -> list[float]:
+        same = torch.eye(6, dtype=torch.bool)
+        return [
+            losses.contrastive_loss(images, texts, same, torch.arange(6), 0.05).item(),
+            losses.words_loss(images[:, None], words, rows, everything).item(),
+        ]
+
+    plain = both()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert both() == plain
