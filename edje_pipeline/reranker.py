@@ -150,7 +150,7 @@ class Reranker:
         Args:
             index: an open index, or its directory or URI.
             model: directory, `hf:org/name` or bundled name; None: the one the index was made with.
-            precision: `float32` or `bfloat16`; None: what suits the device.
+            precision: `float32`, `bfloat16` or `int8` (CPU only); None: what suits the device.
             device: `cpu`, `cuda`, `cuda:1`; None: the GPU when there is one.
 
         Raises:

@@ -33,6 +33,7 @@ class Precision(StrEnum):
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
+    int8 = "int8"
 
 
 class Method(StrEnum):
@@ -66,7 +67,7 @@ def score(
     ] = 0.01,
     model: ModelOption = None,
     snapshot: SnapshotOption = None,
-    precision: Annotated[Precision, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = Precision.auto,
+    precision: Annotated[Precision, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU; int8: CPU only.")] = Precision.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     num_workers: Annotated[
         int | None, typer.Option(help="Ray actors; 0 scores in this process; default: by size and machine.")

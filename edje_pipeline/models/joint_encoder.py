@@ -11,6 +11,9 @@ S = L + M + 1 whole sequence, E width.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,9 +80,8 @@ class JointEncoder(nn.Module):
         hidden = F.dropout(hidden, self.dropout, self.training)
         for layer in self.layers[:-1]:
             hidden = layer(hidden)
-        last = self.layers[-1]
-        assert isinstance(last, BertLayer)
-        return self.score(last.forward_first(hidden)[:, 0])
+        first: Tensor = self.layers[-1].forward_first(hidden)  # type: ignore[operator]
+        return self.score(first[:, 0])
 
     def forward_padded(self, input_ids: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:
         """Scores pairs whose texts have any lengths.
@@ -144,6 +146,16 @@ class JointEncoder(nn.Module):
             return
         table = extend_rows(self.position_embeddings.weight.detach(), max_positions)
         self.position_embeddings = nn.Embedding(len(table), self.spec.width, _weight=table)
+
+    def with_layers(self, layers: Iterable[nn.Module]) -> JointEncoder:
+        """A twin whose layers are others; everything else is shared with this one.
+
+        Args:
+            layers: modules that take what `BertLayer` takes, `forward_first` of the last one included.
+        """
+        twin = copy.copy(self)
+        twin._modules = {**self._modules, "layers": nn.ModuleList(layers)}  # noqa: SLF001
+        return twin
 
     def _run(self, hidden: Tensor, mask_bs: Tensor | None) -> Tensor:
         hidden = F.dropout(hidden, self.dropout, self.training)

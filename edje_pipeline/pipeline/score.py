@@ -70,7 +70,7 @@ class ScoreConfig:
     missing_warning: float = 0.01
     """Fraction of missing candidates above which the run ends with exit code 3."""
     precision: str = "auto"
-    """`float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """`float32`, `bfloat16`, `int8` (CPU), or `auto`: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
     num_workers: int | None = None
     """Ray actors; 0 scores in this process; None chooses by the number of pairs, GPUs and cores."""

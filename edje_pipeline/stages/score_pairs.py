@@ -14,17 +14,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from edje_pipeline.errors import ConfigError, DeviceError
+from edje_pipeline.models.cpu_encoder import cpu_encoder
 from edje_pipeline.models.dequantize import dequantizer
+from edje_pipeline.models.joint_encoder import JointEncoder
 from edje_pipeline.storage.codecs import Codec
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "int8")
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131_072}
 """Tokens of one forward pass. CPU: the activations of a layer stay in the cache. GPU: enough work a kernel."""
 
@@ -121,13 +123,24 @@ def resolve_precision(name: str | None, device: torch.device) -> str:
     """`auto` or None: bfloat16 on a GPU that computes it, float32 elsewhere.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or int8 on a GPU.
     """
     if name in (None, "auto"):
         return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if name not in PRECISIONS:
         raise ConfigError(f"unknown precision {name!r}; expected one of {', '.join(PRECISIONS)}")
+    if name == "int8" and device.type != "cpu":
+        raise ConfigError(f"precision int8 is for the CPU, the device is {device}; use bfloat16, or --device cpu")
     return str(name)
+
+
+def prepare_encoder(encoder: nn.Module, device: torch.device, precision: str) -> Any:
+    """The one place that turns a device and a precision into weights and kernels."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    encoder = encoder.eval().to(device=device, dtype=dtype)
+    if device.type == "cpu" and dtype == torch.float32 and isinstance(encoder, JointEncoder):
+        return cpu_encoder(encoder, precision)
+    return encoder
 
 
 class PairScorer:
@@ -144,9 +157,8 @@ class PairScorer:
     ) -> None:
         self.device = device if isinstance(device, torch.device) else resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
-        self.dtype = getattr(torch, self.precision)
-        # The one place that turns a precision into weights.
-        self.encoder: DenseEncoder = encoder.eval().to(device=self.device, dtype=self.dtype)  # type: ignore[assignment]
+        self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        self.encoder: DenseEncoder = prepare_encoder(encoder, self.device, self.precision)
         self.codec = codec
         self.dequantize = dequantizer(codec, self.device, dtype=self.dtype)
         self.batch_tokens = batch_tokens or BATCH_TOKENS[self.device.type]
