@@ -17,7 +17,7 @@ WORD_SCALE = 20.0
 
 def full_precision(like: Tensor) -> torch.autocast:
     """Keeps matrix products in float32 inside an autocast region: a cosine rounded to bfloat16 and divided by a
-    temperature of 0.05 is wrong by 0.1."""  # noqa: D205, D209
+    temperature of 0.05 is wrong by 0.1."""
     return torch.autocast(like.device.type, enabled=False)
 
 

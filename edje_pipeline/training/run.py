@@ -172,12 +172,15 @@ def finish(prepared: Prepared) -> ModelDirectory:
     if prepared.linear_map is not None:
         apply_map(prepared.backbone, prepared.linear_map)
     name = prepared.job.name or f"{spec.name}-trained"
+    # Loading lengthened the position table where text and image tokens needed more rows.
+    positions = learner.encoder.position_embeddings.num_embeddings
+    spec = replace(spec, name=name, joint_encoder=replace(spec.joint_encoder, max_positions=positions))
     card = (
         f"# {name}\n\nTrained from {spec.name} with {len(prepared.state.corpus.captions):,} captioned images; "
         f"{prepared.job.recipe.total_steps:,} steps. Recipe fingerprint {prepared.job.recipe.fingerprint[:16]}.\n"
     )
     return save_model(
-        Path(prepared.job.out) / "model", replace(spec, name=name),
+        Path(prepared.job.out) / "model", spec,
         backbone=prepared.backbone, adapter=learner.adapter, joint_encoder=learner.encoder,
         tokenizer=source.load_tokenizer(), text_tower=source.load_text_tower() if spec.text_tower else None,
         card=card, extra={HEADS_FILE: learner.heads.state_dict()}, overwrite=True,
