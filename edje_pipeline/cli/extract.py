@@ -94,6 +94,16 @@ DryRunOption = Annotated[
 ]
 
 
+ReducedJpegOption = Annotated[
+    bool,
+    typer.Option(
+        "--reduced-jpeg",
+        help="Decode large JPEGs at 1/2, 1/4 or 1/8: faster, slightly other pixels.",
+        rich_help_panel=_COMPUTE,
+    ),
+]
+
+
 @app.command()
 @handled
 def extract(
@@ -141,6 +151,7 @@ def extract(
     executor: ExecutorOption = "ray",
     precision: PrecisionOption = "auto",
     compile_model: CompileOption = False,
+    reduced_jpeg: ReducedJpegOption = False,
     max_pixels: MaxPixelsOption = 89_478_485,
     max_bytes: MaxBytesOption = 256 << 20,
     max_reject_fraction: MaxRejectOption = None,
@@ -190,7 +201,9 @@ def extract(
             on_duplicate=on_duplicate,
             limit=limit,
             prune_missing=prune_missing,
-            compute=ComputeOptions(batch_size, shard_rows, precision, compile_model, max_pixels, max_bytes),
+            compute=ComputeOptions(
+                batch_size, shard_rows, precision, compile_model, max_pixels, max_bytes, reduced_jpeg
+            ),
             executor=ExecutorOptions(executor, num_cpus, num_gpus, ray_address),
             max_reject_fraction=max_reject_fraction,
             warn_reject_fraction=warn_reject_fraction,

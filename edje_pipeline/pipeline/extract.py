@@ -152,9 +152,11 @@ class ExtractResult:
         if self.num_resumed:
             lines.append(f"resumed         {self.num_resumed:,} rows were done by the interrupted run")
         if self.num_computed:
-            rate = self.num_computed / max(self.metrics.wall_s, 1e-9)
-            lines.append(f"speed           {rate:,.1f} images/s over {format_duration(self.metrics.wall_s)}")
-            lines += self.metrics.to_lines()
+            wall_s, startup_s = self.metrics.wall_s, self.metrics.startup_s
+            rate, steady = (self.num_computed / max(seconds, 1e-3) for seconds in (wall_s, wall_s - startup_s))
+            speed = f"speed           {rate:,.1f} images/s over {format_duration(wall_s)}"
+            after = f"; {steady:,.1f} after {format_duration(startup_s)} of start-up" if startup_s else ""
+            lines += [speed + after, *self.metrics.to_lines()]
         return "\n".join(lines)
 
     def _counts(self) -> str:
@@ -229,6 +231,7 @@ def _own_fingerprints(config: ExtractConfig, source: Source) -> dict[str, str]:
         "prune_missing": config.prune_missing,
         "max_pixels": config.compute.max_pixels,
         "max_bytes": config.compute.max_bytes,
+        "reduced_jpeg": config.compute.reduced_jpeg,
     }
     return {"corpus": fingerprint_of(source.to_dict()), "options": fingerprint_of(options)}
 

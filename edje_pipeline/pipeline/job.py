@@ -39,6 +39,7 @@ class Job:
     """False for the variant that stores vision tokens."""
     max_pixels: int = 0
     max_bytes: int = 0
+    reduced_jpeg: bool = False
     device: str = "cpu"
     precision: str = "auto"
     compile_model: bool = False

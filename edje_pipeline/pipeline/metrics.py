@@ -19,8 +19,10 @@ import pyarrow.compute as pc
 
 from edje_pipeline.progress import format_bytes, format_duration
 
-SUMMED = ("read_s", "decode_s", "encode_s", "encode_wait_s", "write_s", "bytes_read")
+SUMMED = ("read_s", "decode_s", "encode_s", "encode_wait_s", "write_s", "bytes_read", "handed_on_bytes")
 PEAKS = ("decode_rss_bytes", "encode_rss_bytes", "write_rss_bytes")
+FIRSTS = ("encode_began_at",)
+"""Epoch seconds; the earliest counts."""
 PREFIX = "metric_"
 
 
@@ -40,21 +42,21 @@ def peak_rss_bytes() -> int:
 
 
 def with_metrics(table: pa.Table, **values: float) -> pa.Table:
-    """Adds metric columns: summed ones are split over the rows, peaks repeated."""
+    """Adds metric columns: summed ones are split over the rows, peaks and times repeated."""
     num_rows = table.num_rows
     for name, value in values.items():
-        share = value if name in PEAKS else value / max(num_rows, 1)
+        share = value if name in (*PEAKS, *FIRSTS) else value / max(num_rows, 1)
         table = table.append_column(PREFIX + name, pa.array(np.full(num_rows, share, np.float64)))
     return table
 
 
 def collect_metrics(table: pa.Table) -> dict[str, float]:
-    """Sums and peaks of the metric columns of a table."""
+    """Sums, peaks and first times of the metric columns of a table."""
     found: dict[str, float] = {}
-    for name in (*SUMMED, *PEAKS):
-        if PREFIX + name in table.column_names and table.num_rows:
-            column = table.column(PREFIX + name)
-            found[name] = float((pc.max if name in PEAKS else pc.sum)(column).as_py())
+    for names, combine in ((SUMMED, pc.sum), (PEAKS, pc.max), (FIRSTS, pc.min)):
+        for name in names:
+            if PREFIX + name in table.column_names and table.num_rows:
+                found[name] = float(combine(table.column(PREFIX + name)).as_py())
     return found
 
 
@@ -67,12 +69,16 @@ class RunMetrics:
     values: dict[str, float] = field(default_factory=dict)
     wall_s: float = 0.0
     """From the first unit handed out to the last receipt, start-up of workers included."""
+    began_at: float = 0.0
+    """Epoch seconds of the first unit handed out."""
 
     def add(self, stats: Mapping[str, float]) -> None:
         """Adds one receipt's metrics."""
         for name, value in stats.items():
             if name in PEAKS:
                 self.values[name] = max(self.values.get(name, 0.0), value)
+            elif name in FIRSTS:
+                self.values[name] = min(self.values.get(name, value), value)
             else:
                 self.values[name] = self.values.get(name, 0.0) + value
 
@@ -80,6 +86,12 @@ class RunMetrics:
         """Adds several receipts' metrics."""
         for one in stats:
             self.add(one)
+
+    @property
+    def startup_s(self) -> float:
+        """Until the first encoder had its model and its first images; 0 where nothing was encoded."""
+        began = self.values.get("encode_began_at", self.began_at)
+        return min(max(began - self.began_at, 0.0), self.wall_s)
 
     def utilisation(self) -> dict[str, float]:
         """Share of the run that each stage was busy, 0 to 1 and a little above when processes overlap."""
@@ -100,8 +112,9 @@ class RunMetrics:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; seconds, bytes."""
         return {
-            **{name: round(value, 4) for name, value in sorted(self.values.items())},
+            **{name: round(value, 4) for name, value in sorted(self.values.items()) if name not in FIRSTS},
             "wall_s": round(self.wall_s, 3),
+            "startup_s": round(self.startup_s, 3),
             "utilisation": {name: round(share, 4) for name, share in self.utilisation().items()},
             "slowest_stage": self.slowest_stage(),
             "num_workers": dict(self.num_workers),
@@ -130,7 +143,8 @@ class RunMetrics:
         table = {
             "slowest stage": f"{self.slowest_stage()} (busy: {parts})",
             "stage seconds": seconds,
-            "bytes read": format_bytes(self.values.get("bytes_read", 0.0)),
+            "bytes": f"read {format_bytes(self.values.get('bytes_read', 0.0))}, "
+            f"between the stages {format_bytes(self.values.get('handed_on_bytes', 0.0))}",
             "peak memory": f"driver {format_bytes(peak_rss_bytes())}" + (f", {memory}" if memory else ""),
         }
         lines = []

@@ -22,6 +22,7 @@ from edje_pipeline.errors import DeviceError, RejectLimitError, WorkerError
 from edje_pipeline.pipeline.job import Job
 from edje_pipeline.pipeline.metrics import RunMetrics
 from edje_pipeline.pipeline.stages import Machine, Stage, available_cpus, worker_counts
+from edje_pipeline.pipeline.threads import let_threads_sleep
 from edje_pipeline.pipeline.workers import UNIT_SCHEMA
 from edje_pipeline.progress import progress
 from edje_pipeline.storage.staging import Receipt, Staging
@@ -110,6 +111,7 @@ def check_devices(options: ExecutorOptions) -> None:
 
 
 def _local_gpus(num_gpus: int | None) -> int:
+    let_threads_sleep()
     if num_gpus == 0:
         return 0
     import torch
@@ -146,7 +148,7 @@ def run_units(
         RejectLimitError: too many rejects; what was done stays journalled.
         WorkerError: rows stay missing after several passes.
     """
-    outcome = RunOutcome(metrics=RunMetrics(num_workers=worker_counts(stages)))
+    outcome = RunOutcome(metrics=RunMetrics(num_workers=worker_counts(stages), began_at=time.time()))
     rejected = sum(receipt.num_rejected for receipt in staging.receipts)
     started = time.monotonic()
     passes_without_progress = 0

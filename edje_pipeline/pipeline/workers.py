@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from edje_pipeline.pipeline.job import Job
 from edje_pipeline.pipeline.metrics import collect_metrics, peak_rss_bytes, with_metrics
+from edje_pipeline.pipeline.threads import let_threads_sleep
 from edje_pipeline.storage.faults import crash_point
 from edje_pipeline.storage.plan import read_unit
 from edje_pipeline.storage.schema import REJECT_SCHEMA, shard_schema
@@ -97,7 +98,14 @@ class ReadDecodeWorker:
                 bytes_read += sum(len(blob) for blob in blobs if isinstance(blob, bytes))
                 started = time.perf_counter()
                 tables.append(
-                    decode_batch(chunk, blobs, job.preprocess, max_pixels=job.max_pixels, max_bytes=job.max_bytes)
+                    decode_batch(
+                        chunk,
+                        blobs,
+                        job.preprocess,
+                        max_pixels=job.max_pixels,
+                        max_bytes=job.max_bytes,
+                        reduced_jpeg=job.reduced_jpeg,
+                    )
                 )
                 decode_s += time.perf_counter() - started
         table = pa.concat_tables(tables).combine_chunks()
@@ -126,7 +134,7 @@ class EncodeWorker:
         """One table in, one out: same rows, same order."""
         from edje_pipeline.stages.encode import encode_table
 
-        started = time.perf_counter()
+        started, began_at = time.perf_counter(), time.time()
         wait_s = started - self._ended
         tokens = encode_table(table, self._encoder, self._image_size)
         crash_point("stage.encode")
@@ -135,6 +143,9 @@ class EncodeWorker:
             tokens,
             encode_s=self._ended - started,
             encode_wait_s=wait_s,
+            encode_began_at=began_at,
+            # Through the object store with ray: the pixels that came in and the tokens that go out.
+            handed_on_bytes=table.nbytes + tokens.nbytes,
             encode_rss_bytes=peak_rss_bytes(),
         )
 
@@ -145,6 +156,7 @@ def _image_size(job: Job) -> tuple[int, int]:
 
 def make_encoder(job: Job, *, with_backbone: bool = True) -> Any:
     """The `Encoder` of a job, with the thread count and the models it names."""
+    let_threads_sleep()
     import torch
 
     from edje_pipeline.models.checkpoint import open_model
