@@ -67,7 +67,7 @@ def shard_times(index: Path) -> list[tuple[float, int]]:
 
 
 def ours(
-    corpus: Path, index: Path, model: Path, executor: str, *, after: float = 0.0, **compute: Any
+    corpus: Path, index: Path, model: Path, executor: str, *, after: float, **compute: Any
 ) -> tuple[dict[str, float], ExtractResult]:
     """A whole `extract`. Its steady state is taken from the times at which shards were complete.
 
@@ -76,8 +76,7 @@ def ours(
         index: made and removed again.
         model: model directory.
         executor: `ray` (in a session that is open) or `local`.
-        after: the steady state begins when this share of the rows is in shards; 0: when the encoder has its
-            model and its first images, with every row counted.
+        after: the steady state begins when this share of the rows is in shards.
         **compute: fields of ComputeOptions.
     """
     num_cpus = compute.pop("num_cpus", None)
@@ -99,11 +98,11 @@ def ours(
     values = result.metrics.values
     done = np.cumsum([rows for _, rows in shards])
     end = shards[-1][0]
-    if after:
-        first = int(np.searchsorted(done, after * done[-1]))
-        begin, rows = shards[first][0], int(done[-1] - done[first])
-    else:
-        begin, rows = values["encode_began_at"], int(done[-1])
+    # Shards of one encoded batch are complete at nearly the same time: begin after the last of such a group.
+    first = int(np.searchsorted(done, after * done[-1]))
+    gaps = np.diff([moment for moment, _ in shards])[first : first + max(len(shards) // 8, 1)]
+    first += int(gaps.argmax())
+    begin, rows = shards[first][0], int(done[-1] - done[first])
     return {
         "wall_s": (end - begin) / rows,
         "cpu_s": (line.at(end) - line.at(begin)) / rows,
