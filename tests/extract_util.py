@@ -60,7 +60,8 @@ class Ended:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The JSON it printed."""
+        """The JSON it printed, and nothing else."""
+        assert self.stdout.startswith("{"), self.stdout[:2000]
         return json.loads(self.stdout)
 
     @property

@@ -82,7 +82,7 @@ def session(
         _quieten(ray)
         yield _describe(ray, address, num_cpus, num_gpus)
         return
-    with native_stderr_to_file():
+    with ray_chatter_to_file():
         try:
             _start(ray, address, num_cpus, num_gpus, object_store_bytes)
             _quieten(ray)
@@ -92,8 +92,11 @@ def session(
 
 
 @contextlib.contextmanager
-def native_stderr_to_file() -> Iterator[None]:
-    """Sends what ray's C++ part writes to file descriptor 2 into a file; Python's stderr stays where it was."""
+def ray_chatter_to_file() -> Iterator[None]:
+    """Sends ray's own messages to a file: what its C++ part writes to descriptor 2, what its threads print.
+
+    Python's stderr stays where it was, for progress and errors.
+    """
     path = Path(tempfile.gettempdir()) / f"edje-ray-{os.getpid()}.log"
     python_stderr, sys_stderr = os.dup(2), sys.stderr
     sink = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
@@ -102,7 +105,9 @@ def native_stderr_to_file() -> Iterator[None]:
     if sys_stderr is sys.__stderr__:
         sys.stderr = os.fdopen(os.dup(python_stderr), "w", buffering=1)
     try:
-        yield
+        # Ray prints its raylet's messages to stdout, where a command's JSON belongs.
+        with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            yield
     finally:
         if sys.stderr is not sys_stderr:
             sys.stderr.close()

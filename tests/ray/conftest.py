@@ -70,4 +70,5 @@ def ray_address() -> Iterator[str]:
         for child in [*children, *([psutil.Process(started.pid)] if started.poll() is None else [])]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
+        started.wait(20)
         shutil.rmtree(folder, ignore_errors=True)
