@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from edje_pipeline.models.checkpoint import ModelDirectory
 from edje_pipeline.storage.arrow import fixed_binary_from_numpy
-from edje_pipeline.storage.codecs import resolve, save_codec
+from edje_pipeline.storage.codecs import Codec, resolve, save_codec
 from edje_pipeline.storage.index import Index
 from edje_pipeline.storage.location import Location
 from edje_pipeline.storage.manifest import HeadFields, TokenSpec
@@ -34,7 +34,7 @@ def write_index(
     ids: Sequence[str] | None = None,
     tokens: np.ndarray | None = None,
     embeddings: np.ndarray | None = None,
-    codec: str = "float16",
+    codec: str | Codec = "float16",
     shard_rows: int = 50,
     row_group_rows: int = 8,
     seed: int = 0,
@@ -49,7 +49,7 @@ def write_index(
         ids: image ids.
         tokens: (n, M, E), random when None.
         embeddings: (n, De) float32; random unit vectors when None and the model has embeddings.
-        codec: a spec without a codebook.
+        codec: a codec, or a spec without a codebook.
         shard_rows: of each shard.
         row_group_rows: of each row group.
         seed: of tokens, embeddings and the order.
@@ -63,7 +63,7 @@ def write_index(
     if embeddings is None and width:
         embeddings = rng.standard_normal((len(ids), width)).astype(np.float32)
         embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-    chosen = resolve(codec, num_tokens=num_tokens, dim=dim)
+    chosen = resolve(codec, num_tokens=num_tokens, dim=dim) if isinstance(codec, str) else codec
     location = Location.parse(path)
     order = rng.permutation(len(ids))
     fingerprints = {
