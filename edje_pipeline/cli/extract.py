@@ -158,10 +158,10 @@ def extract(
     warn_reject_fraction: WarnRejectOption = 0.0,
     restart: RestartOption = False,
     dry_run: DryRunOption = False,
-    config: ConfigOption = None,  # noqa: ARG001 (read by its callback)
+    config: ConfigOption = None,
     quiet: QuietOption = False,
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Encode a corpus of images into an index, or add to one.
 
@@ -231,10 +231,10 @@ def retry_rejects(
     max_pixels: MaxPixelsOption = 89_478_485,
     max_bytes: MaxBytesOption = 256 << 20,
     restart: RestartOption = False,
-    config: ConfigOption = None,  # noqa: ARG001 (read by its callback)
+    config: ConfigOption = None,
     quiet: QuietOption = False,
     format: FormatOption = OutputFormat.text,
-    debug: DebugOption = False,  # noqa: ARG001 (read by `handled`)
+    debug: DebugOption = False,
 ) -> None:
     """Try the rejected images of an index again; those that work now join it.
 
