@@ -53,7 +53,7 @@ def backbone_case(folder: Path, options: argparse.Namespace) -> Case:
     corpus, described = make_corpus(folder / "vit-corpus", options.num_images, images=options.images)
     model = write_random_model(
         folder / "vit-model", size="demo", backbone="timm:vit_small_patch16_224", backbone_options={"img_size": size},
-        num_compressed_tokens=64, text_tower=False,
+        num_compressed_tokens=options.num_tokens, text_tower=False,
     )  # fmt: skip
     limit = {"bare forward": bare(model, options.num_images, options.batch_size, torch.float32)}
     return run_case("backbone", folder, corpus, described, model, options, limit)
@@ -150,6 +150,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--num-images", type=int, default=512, help="for the backbone case")
     found.add_argument("--num-decoded", type=int, default=4096, help="for the decode case")
     found.add_argument("--image-size", type=int, default=112)
+    found.add_argument(
+        "--num-tokens",
+        type=int,
+        default=8,
+        help="of the adapter; 8 to 49 patches is about the 64 to 576 of the full-size model",
+    )
     found.add_argument("--batch-size", type=int, default=16)
     found.add_argument("--rounds", type=int, default=5)
     found.add_argument("--num-cpus", type=int, default=num_cores())
@@ -173,7 +179,8 @@ def main(arguments: list[str] | None = None) -> None:
             if options.case in ("both", "decode"):
                 cases.append(decode_case(Path(name), options))
     lines = [
-        f"{options.rounds} alternating rounds, batch {options.batch_size}, float32, {options.num_cpus} torch threads,",
+        f"{options.rounds} alternating rounds; ViT-S/16 at {options.image_size} px with {options.num_tokens} tokens,",
+        f"batch {options.batch_size}, float32, {options.num_cpus} torch threads,",
         "which sleep while they wait (OMP_WAIT_POLICY=passive, every side); medians (smallest to largest). Files are",
         "in the page cache for every side. Other programs share the machine: read the ratios, not the rates.",
         f"ray.init took {ray_s:.1f} s, once, outside of every figure.",

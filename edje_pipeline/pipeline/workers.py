@@ -6,6 +6,7 @@ units (unit, ranges) -> ReadDecode -> image batches -> Encode -> token batches -
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -129,19 +130,26 @@ class EncodeWorker:
     def __init__(self, job: Job) -> None:
         self._encoder, self._image_size = make_encoder(job), _image_size(job)
         self._ended = time.perf_counter()
+        self._one_at_a_time = threading.Lock()
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """One table in, one out: same rows, same order."""
+        """One table in, one out: same rows, same order. A second caller waits until the model is free.
+
+        Ray calls from two threads, so that the next table is there when this one is done. Two forward passes
+        at once would share the cores and the device for no gain, and twice the memory.
+        """
         from edje_pipeline.stages.encode import encode_table
 
-        started, began_at = time.perf_counter(), time.time()
-        wait_s = started - self._ended
-        tokens = encode_table(table, self._encoder, self._image_size)
-        crash_point("stage.encode")
-        self._ended = time.perf_counter()
+        with self._one_at_a_time:
+            started, began_at = time.perf_counter(), time.time()
+            wait_s = started - self._ended
+            tokens = encode_table(table, self._encoder, self._image_size)
+            crash_point("stage.encode")
+            self._ended = time.perf_counter()
+            encode_s = self._ended - started
         yield with_metrics(
             tokens,
-            encode_s=self._ended - started,
+            encode_s=encode_s,
             encode_wait_s=wait_s,
             encode_began_at=began_at,
             # Through the object store with ray: the pixels that came in and the tokens that go out.
