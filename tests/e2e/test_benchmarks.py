@@ -1,0 +1,58 @@
+"""The benchmark programs run: the GPU plan in its CPU form, and what `make bench` would start."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import table, write_report
+from benchmarks.run import PROGRAMS, main
+
+
+def run_module(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_gpu_plan_of_extraction_runs_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "result.md"
+    arguments = ("--device", "cpu", "--tiny", "--executor", "local", "--rounds", "1", "--out", str(out))
+    run_module("gpu_plan_extract", *arguments)
+    text = out.read_text()
+    for side in ("bare", "encode", "extract"):
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {side} ")]
+        assert float(row.split("|")[3]) > 0
+    assert "python -m benchmarks.gpu_plan_extract" in text
+    assert "torch " in text
+    assert "256 listed = 256 accepted" in text
+
+
+def test_every_program_of_make_bench_exists_and_has_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for program in PROGRAMS:
+        assert importlib.util.find_spec(f"benchmarks.{program.module}") is not None, program.module
+    assert main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(program.name in listed for program in PROGRAMS)
+    with pytest.raises(SystemExit, match="unknown benchmark nothing; there are extract"):
+        main(["--only", "nothing"])
+
+
+def test_a_report_names_command_versions_and_date(tmp_path: Path) -> None:
+    path = write_report("x", "A title", table(["a", "b"], [[1, 2]]), out=tmp_path / "deep" / "x.md", module="x")
+    text = path.read_text()
+    assert text.startswith("# A title, 20")
+    assert "python -m benchmarks.x" in text
+    assert "numpy " in text
+    assert "| a | b |\n| --- | --- |\n| 1 | 2 |\n" in text
