@@ -167,8 +167,8 @@ def agreement(found: np.ndarray, expected: np.ndarray, texts: np.ndarray) -> tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=int, default=20)
-    parser.add_argument("--per-query", type=int, default=100)
+    parser.add_argument("--queries", type=int, default=4)
+    parser.add_argument("--per-query", type=int, default=26)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)

@@ -121,11 +121,19 @@ def open_scorer(
     precision: str | None = None,
     device: str | None = None,
     batch_tokens: int | None = None,
+    compiled: bool = False,
 ) -> OpenScorer:
-    """Loads the joint encoder that goes with an index; see `open_fitting_model` for errors."""
+    """Loads the joint encoder that goes with an index; `compiled`: by `torch.compile`.
+
+    Raises:
+        ModelNotFoundError, ShapeMismatchError, IndexStateError: see `open_fitting_model`.
+        ConfigError, DeviceError: the device or the precision cannot be had here.
+    """
     directory = open_fitting_model(index, model)
     encoder = directory.load_joint_encoder()
-    scorer = PairScorer(encoder, index.codec, device=device, precision=precision, batch_tokens=batch_tokens)
+    scorer = PairScorer(
+        encoder, index.codec, device=device, precision=precision, batch_tokens=batch_tokens, compiled=compiled
+    )
     return OpenScorer(directory, directory.load_tokenizer(), scorer)
 
 

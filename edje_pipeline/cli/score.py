@@ -67,7 +67,12 @@ def score(
     ] = 0.01,
     model: ModelOption = None,
     snapshot: SnapshotOption = None,
-    precision: Annotated[Precision, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU; int8: CPU only.")] = Precision.auto,
+    precision: Annotated[
+        Precision, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU; int8: CPU only.")
+    ] = Precision.auto,
+    compile_model: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the joint encoder: for long runs on a GPU.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     num_workers: Annotated[
         int | None, typer.Option(help="Ray actors; 0 scores in this process; default: by size and machine.")
@@ -113,6 +118,7 @@ def score(
             on_missing=on_missing.value,
             missing_warning=missing_warning,
             precision=precision.value,
+            compile=compile_model,
             device=device,
             num_workers=num_workers,
             ray_address=ray_address,

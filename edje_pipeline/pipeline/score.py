@@ -71,6 +71,8 @@ class ScoreConfig:
     """Fraction of missing candidates above which the run ends with exit code 3."""
     precision: str = "auto"
     """`float32`, `bfloat16`, `int8` (CPU), or `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    compile: bool = False
+    """`torch.compile` of the joint encoder: worth its minute on a GPU from a few million pairs."""
     device: str = "auto"
     num_workers: int | None = None
     """Ray actors; 0 scores in this process; None chooses by the number of pairs, GPUs and cores."""
@@ -161,12 +163,15 @@ def run_score(config: ScoreConfig) -> ScoreResult:
             precision=precision,
             device=str(device),
             run_dir=store.run_dir.uri,
+            compiled=config.compile,
             num_threads=config.num_threads or available_cpus(),
         )
         num_workers = choose_workers(config, info, device.type)
         with clock.stage("score"):
             if todo and num_workers == 0:
-                opened = open_scorer(index, config.model, precision=precision, device=str(device))
+                opened = open_scorer(
+                    index, config.model, precision=precision, device=str(device), compiled=config.compile
+                )
                 worker = UnitScorer(spec, index=index, scorer=opened.scorer)
                 new_pairs = collect(store, info, worker.run(todo), config.quiet)
             elif todo:

@@ -43,6 +43,7 @@ class WorkerSpec:
     run_dir: str
     num_threads: int
     batch_tokens: int | None = None
+    compiled: bool = False
 
 
 @dataclass
@@ -77,7 +78,12 @@ class UnitScorer:
             scorer
             if scorer is not None
             else open_scorer(
-                self._index, spec.model, precision=spec.precision, device=spec.device, batch_tokens=spec.batch_tokens
+                self._index,
+                spec.model,
+                precision=spec.precision,
+                device=spec.device,
+                batch_tokens=spec.batch_tokens,
+                compiled=spec.compiled,
             ).scorer
         )
         self._run_dir = Location(spec.run_dir)

@@ -134,13 +134,18 @@ def resolve_precision(name: str | None, device: torch.device) -> str:
     return str(name)
 
 
-def prepare_encoder(encoder: nn.Module, device: torch.device, precision: str) -> Any:
-    """The one place that turns a device and a precision into weights and kernels."""
+def prepare_encoder(encoder: nn.Module, device: torch.device, precision: str, *, compiled: bool = False) -> Any:
+    """The one place that turns a device and a precision into weights and kernels.
+
+    Compiled: sizes are dynamic, so that a new text length or batch size does not compile again.
+    """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    encoder = encoder.eval().to(device=device, dtype=dtype)
-    if device.type == "cpu" and dtype == torch.float32 and isinstance(encoder, JointEncoder):
-        return cpu_encoder(encoder, precision)
-    return encoder
+    prepared: Any = encoder.eval().to(device=device, dtype=dtype)
+    if device.type == "cpu" and dtype == torch.float32 and isinstance(prepared, JointEncoder):
+        prepared = cpu_encoder(prepared, precision)
+    if compiled:
+        prepared.forward_dense = torch.compile(prepared.forward_dense, dynamic=True)
+    return prepared
 
 
 class PairScorer:
@@ -154,11 +159,12 @@ class PairScorer:
         device: str | torch.device | None = None,
         precision: str | None = None,
         batch_tokens: int | None = None,
+        compiled: bool = False,
     ) -> None:
         self.device = device if isinstance(device, torch.device) else resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-        self.encoder: DenseEncoder = prepare_encoder(encoder, self.device, self.precision)
+        self.encoder: DenseEncoder = prepare_encoder(encoder, self.device, self.precision, compiled=compiled)
         self.codec = codec
         self.dequantize = dequantizer(codec, self.device, dtype=self.dtype)
         self.batch_tokens = batch_tokens or BATCH_TOKENS[self.device.type]

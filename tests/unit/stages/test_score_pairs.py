@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -70,3 +72,32 @@ def test_precision_follows_the_device() -> None:
     assert resolve_precision("bfloat16", torch.device("cpu")) == "bfloat16"
     with pytest.raises(ConfigError, match="expected one of float32, bfloat16"):
         resolve_precision("float8", torch.device("cpu"))
+
+
+def test_int8_scores_are_near_and_refused_on_a_gpu() -> None:
+    rng = np.random.default_rng(0)
+    lists = [[2, *rng.integers(5, 60, length).tolist(), 3] for length in (1, 4, 9)]
+    images, texts = rng.integers(0, 6, 50), rng.integers(0, 3, 50)
+    scores = []
+    for precision in ("float32", "int8"):
+        scorer = make_scorer(precision=precision)
+        payloads = scorer.codec.encode(random_tokens(6, 4, 32))
+        scores.append(scorer.score(payloads, images, TextTokens.from_lists(lists), texts))
+    assert 0 < np.abs(scores[0] - scores[1]).max() < 0.1 * scores[0].std()
+    with pytest.raises(ConfigError, match="int8 is for the CPU"):
+        resolve_precision("int8", torch.device("cuda"))
+
+
+@pytest.mark.slow
+def test_compiled_scores_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The eager backend traces and guards as any other and needs no compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    rng = np.random.default_rng(0)
+    lists = [[2, *rng.integers(5, 60, length).tolist(), 3] for length in (3, 4, 9)]
+    images, texts = rng.integers(0, 6, 20), rng.integers(0, 3, 20)
+    scores = []
+    for compiled in (False, True):
+        scorer = make_scorer(compiled=compiled, precision="bfloat16")
+        payloads = scorer.codec.encode(random_tokens(6, 4, 32))
+        scores.append(scorer.score(payloads, images, TextTokens.from_lists(lists), texts))
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-6)
