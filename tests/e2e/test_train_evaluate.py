@@ -125,12 +125,15 @@ def test_training_from_an_index_of_raw_tokens(place: Path) -> None:
         "--executor",
         "local",
     )
-    common = ("--captions", place / "captions.jsonl", "--recipe", place / "recipe.toml", "--quiet", "--format", "json")
+    weights = "weights = { itm = 1.0, words = 1.0 }\nnegatives = { num-hard = 2, pool = 2 }\n"
+    (place / "short.toml").write_text(f'log-every = 1\n[[phase]]\nname = "a"\nsteps = 3\nbatch-size = 6\n{weights}')
+    common = ("--captions", place / "captions.jsonl", "--recipe", place / "short.toml", "--quiet", "--format", "json")
     by_image = run("train", "--model", place / "start", *common, "--images", place / "images", "--out", place / "i")
     by_index = run("train", "--model", place / "start", *common, "--raw-index", raw, "--out", place / "x")
     curves = [[record["loss"] for record in read_metrics(place / name / "metrics.jsonl")] for name in "ix"]
     assert json.loads(by_image)["steps"] == json.loads(by_index)["steps"]
-    np.testing.assert_allclose(curves[0][:4], curves[1][:4], rtol=1e-3)
+    assert len(curves[0]) == 3
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-3)
 
 
 def test_errors_are_one_line(place: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edje_pipeline.errors import CorruptionError, ResumeMismatchError, TrainingError
+from edje_pipeline.models.checkpoint import ModelDirectory
 from edje_pipeline.training.metrics_log import read_metrics
 from edje_pipeline.training.recipe import LossWeights, NegativeSpec, Phase, Recipe
 from edje_pipeline.training.trainer import Trainer
@@ -21,31 +22,43 @@ def curve(out: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in read_metrics(out / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("stop", [3, 8, 13])
-def test_killed_and_resumed_gives_the_same_curve_and_weights(tmp_path: Path, stop: int) -> None:
-    model = tiny_model(tmp_path / "model")
-    whole = tiny_state(model, tmp_path / "whole")
-    assert Trainer(tiny_recipe(), whole).run() == 20
-    first = tiny_state(model, tmp_path / "parts", stop_after=stop)
-    Trainer(tiny_recipe(), first).run()
-    second = tiny_state(model, tmp_path / "parts")
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """One uninterrupted run that several tests compare with."""
+
+    model: ModelDirectory
+    out: Path
+    weights: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("whole")
+    model = tiny_model(folder / "model")
+    state = tiny_state(model, folder / "out")
+    assert Trainer(tiny_recipe(), state).run() == 20
+    return Finished(model, folder / "out", state.learner.state_dict())
+
+
+@pytest.mark.parametrize("stop", [8, 13])
+def test_killed_and_resumed_gives_the_same_curve_and_weights(tmp_path: Path, whole: Finished, stop: int) -> None:
+    # 8 is the border of two phases (and the checkpoint before it is at 5), 13 lies inside the second.
+    Trainer(tiny_recipe(), tiny_state(whole.model, tmp_path, stop_after=stop)).run()
+    second = tiny_state(whole.model, tmp_path)
     torch.manual_seed(12345)  # a resumed process has another random state
     Trainer(tiny_recipe(), second).run()
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-    for name, tensor in whole.learner.state_dict().items():
-        assert torch.equal(tensor, second.learner.state_dict()[name]), name
-    assert (tmp_path / "whole" / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert curve(tmp_path) == curve(whole.out)
+    for name, tensor in second.learner.state_dict().items():
+        assert torch.equal(tensor, whole.weights[name]), name
+    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model")
-    state = tiny_state(model, tmp_path / "out")
-    Trainer(tiny_recipe(), state).run()
-    again = tiny_state(model, tmp_path / "out")
+def test_a_finished_run_is_not_trained_again(whole: Finished) -> None:
+    again = tiny_state(whole.model, whole.out)
     assert Trainer(tiny_recipe(), again).run() == 20
-    assert len(curve(tmp_path / "out")) == 20
+    assert len(curve(whole.out)) == 20
     weight = "encoder.classifier.weight"
-    assert torch.equal(again.learner.state_dict()[weight], state.learner.state_dict()[weight])
+    assert torch.equal(again.learner.state_dict()[weight], whole.weights[weight])
 
 
 def test_other_recipe_is_refused_and_damage_is_passed_over(tmp_path: Path) -> None:
