@@ -149,8 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
     ratio = bare_s / extracted["wall_s"]
     rows.append(["extract", f"{1 / extracted['wall_s']:,.1f}", f"{ratio:.3f}"])
     lines = [
-        f"{model.spec.backbone.source} at {model.spec.preprocess.image_size[0]} px, random weights, "
-        f"{resolve_precision('auto', torch.device(options.device))}, batch {options.batch_size}, "
+        f"{model.spec.backbone.source} at {model.spec.preprocess.image_size[0]} px, random weights,",
+        f"{resolve_precision('auto', torch.device(options.device))}, batch {options.batch_size},",
         f"compiled: {'yes' if options.compile else 'no'}; {num_cores()} CPU cores.",
         described + ".",
         "",
