@@ -141,7 +141,7 @@ def fit_head(
     features, target = torch.cat(pooled).double(), torch.cat(wanted).double()
     mean = features.mean(0)
     centred = features - mean
-    gram = centred.T @ centred + 0.1 * torch.eye(features.shape[1], dtype=torch.float64)
+    gram = centred.T @ centred + 10.0 * torch.eye(features.shape[1], dtype=torch.float64)
     weight = torch.linalg.solve(gram, centred.T @ (target - target.mean()))
     encoder.classifier.weight.copy_(weight[None])
     encoder.classifier.bias.copy_((target.mean() - mean @ weight)[None])

@@ -78,9 +78,9 @@ class Int8Linear(nn.Module):
 
 def quantize_rows(rows_ri: Tensor) -> tuple[Tensor, Tensor]:
     """(R, I) -> int8 (R, I) and scales (R, 1) with rows = int8 x scale to half a scale; symmetric, a scale a row."""
-    # The maximum norm is one pass; abs().amax() is two. A row of zeros needs a scale that is not zero.
-    scale_r1 = torch.linalg.vector_norm(rows_ri, float("inf"), dim=1, keepdim=True)
-    scale_r1 = scale_r1.mul_(1 / INT8_MAX).clamp_min_(torch.finfo(torch.float32).tiny)
+    # Two passes, both vectorized; the maximum norm of torch.linalg is one, and four times slower.
+    scale_r1 = rows_ri.abs().amax(dim=1, keepdim=True).mul_(1 / INT8_MAX)
+    scale_r1.clamp_min_(torch.finfo(torch.float32).tiny)  # a row of zeros
     return torch.div(rows_ri, scale_r1).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale_r1
 
 
