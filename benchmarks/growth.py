@@ -93,9 +93,7 @@ def per_thousand(values: list[dict[str, Any]]) -> str:
     small, large = values[-2:]
     seconds = (large["wall_s"] - small["wall_s"]) / (large["size"] - small["size"])
     if seconds <= 0:
-        return (
-            "The larger size took less time than the smaller: nothing to extrapolate from (small sizes, noise)."
-        )
+        return "The larger size took less time than the smaller: nothing to extrapolate from (small sizes, noise)."
     return f"{seconds * 1e6:,.1f} ms for a thousand more, {seconds * 1e9 / 3600:,.2f} hours for 10^9 (extrapolated)."
 
 
