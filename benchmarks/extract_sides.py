@@ -79,15 +79,15 @@ def ours(
         model: model directory.
         executor: `ray` (in a session that is open) or `local`.
         after: the steady state begins when this share of the rows is in shards.
-        **compute: fields of ComputeOptions.
+        **compute: fields of ComputeOptions; `num_cpus`, `num_gpus` and `object_store_bytes` of ExecutorOptions.
     """
-    num_cpus = compute.pop("num_cpus", None)
+    resources = {name: compute.pop(name, None) for name in ("num_cpus", "num_gpus", "object_store_bytes")}
     config = ExtractConfig(
         corpus=str(corpus),
         index=str(index),
         model=str(model),
         compute=ComputeOptions(**compute),
-        executor=ExecutorOptions(executor, num_cpus=num_cpus),  # type: ignore[arg-type]
+        executor=ExecutorOptions(executor, **resources),  # type: ignore[arg-type]
         quiet=True,
     )
     started = time.time()
@@ -196,20 +196,20 @@ def _decode_some(paths: list[Path], spec: PreprocessSpec) -> int:
     return len(paths)
 
 
-def _warm_up(paths: list[Path], spec: PreprocessSpec) -> None:
+def _warm_up(paths: list[Path], spec: PreprocessSpec, warm_up_s: float) -> None:
     """Imports are done and the process stays taken until every other one has had its own call."""
     _decode_some(paths, spec)
-    time.sleep(WARM_UP_S)
+    time.sleep(warm_up_s)
 
 
-def decode_only(corpus: Path, spec: PreprocessSpec, num_workers: int) -> Any:
+def decode_only(corpus: Path, spec: PreprocessSpec, num_workers: int, warm_up_s: float = WARM_UP_S) -> Any:
     """Processes that read, decode and resize the same files and keep nothing."""
     paths = sorted(corpus.glob("*.jpg"))
     chunks = [paths[start : start + 64] for start in range(0, len(paths), 64)]
 
     def run() -> dict[str, float]:
         with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-            list(pool.map(_warm_up, [paths[:4]] * num_workers, [spec] * num_workers))
+            list(pool.map(_warm_up, [paths[:4]] * num_workers, [spec] * num_workers, [warm_up_s] * num_workers))
             with spent() as cost:
                 rows = sum(pool.map(_decode_some, chunks, [spec] * len(chunks)))
         return {"wall_s": cost.wall_s / rows, "cpu_s": cost.cpu_s / rows}

@@ -25,7 +25,7 @@ from edje_pipeline.storage.parquet_io import write_parquet
 from edje_pipeline.storage.payloads import read_payloads
 
 if TYPE_CHECKING:
-    from edje_pipeline.stages.score_pairs import PairScorer
+    from edje_pipeline.stages.score_pairs import PairScorer, PendingScores
     from edje_pipeline.storage.index import Index
 
 READ_AHEAD = 2
@@ -61,6 +61,8 @@ class LoadedUnit:
     """int32 (n,)"""
     first_stage_scores: pa.ChunkedArray
     stats: dict[str, float]
+    pending: PendingScores | None = None
+    """Set when the device was given the unit ahead of its turn."""
 
 
 class UnitScorer:
@@ -95,6 +97,7 @@ class UnitScorer:
     def run(self, units: Iterable[int]) -> Iterator[ScoreReceipt]:
         """Scores units and yields a receipt for each, in order. Parts are durable when they are yielded."""
         waiting: list[Future[LoadedUnit]] = []
+        ahead: LoadedUnit | None = None
         todo = iter(units)
         with ThreadPoolExecutor(1, "edje-read") as reader:
             try:
@@ -102,13 +105,21 @@ class UnitScorer:
                     while len(waiting) < READ_AHEAD and (unit := next(todo, None)) is not None:
                         waiting.append(reader.submit(self.read, unit))
                     if not waiting:
-                        return
+                        break
                     started = time.perf_counter()
-                    loaded = waiting.pop(0).result()
+                    loaded: LoadedUnit | None = waiting.pop(0).result()
+                    assert loaded is not None
                     loaded.stats["wait_s"] = time.perf_counter() - started
                     if len(waiting) < READ_AHEAD and (unit := next(todo, None)) is not None:
                         waiting.append(reader.submit(self.read, unit))
-                    yield self.write(loaded, self.compute(loaded))
+                    if self._scorer.device.type == "cuda":
+                        # The GPU gets the next unit before this thread waits for the last one and stores it.
+                        self.launch(loaded)
+                        loaded, ahead = ahead, loaded
+                    if loaded is not None:
+                        yield self.write(loaded, self.compute(loaded))
+                if ahead is not None:
+                    yield self.write(ahead, self.compute(ahead))
             finally:
                 for future in waiting:
                     future.cancel()
@@ -130,6 +141,14 @@ class UnitScorer:
         queries = pairs.column("query").to_numpy()
         return LoadedUnit(unit, payloads, ids, np.cumsum(fresh) - 1, queries, pairs.column("first_stage_score"), stats)
 
+    def launch(self, loaded: LoadedUnit) -> PendingScores:
+        """Gives a unit to the device."""
+        started = time.perf_counter()
+        texts = self._texts_of_query[loaded.queries]
+        loaded.pending = self._scorer.launch(loaded.payloads, loaded.image_index, self._texts, texts)
+        loaded.stats["score_s"] = time.perf_counter() - started
+        return loaded.pending
+
     def compute(self, loaded: LoadedUnit) -> np.ndarray:
         """Logits float32 (n,).
 
@@ -137,10 +156,10 @@ class UnitScorer:
             CorruptionError: the tokens of an image are not finite.
             ModelError: the encoder turns finite tokens into a score that is not.
         """
+        pending = loaded.pending or self.launch(loaded)
         started = time.perf_counter()
-        texts = self._texts_of_query[loaded.queries]
-        logits = self._scorer.score(loaded.payloads, loaded.image_index, self._texts, texts)
-        loaded.stats["score_s"] = time.perf_counter() - started
+        logits = pending.result()
+        loaded.stats["score_s"] += time.perf_counter() - started
         crash_point("score.computed")
         if not np.isfinite(logits).all():
             self._explain(loaded, logits)

@@ -130,23 +130,29 @@ class EncodeWorker:
     def __init__(self, job: Job) -> None:
         self._encoder, self._image_size = make_encoder(job), _image_size(job)
         self._ended = time.perf_counter()
-        self._one_at_a_time = threading.Lock()
+        self._num_inside, self._counting = 0, threading.Lock()
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """One table in, one out: same rows, same order. A second caller waits until the model is free.
+        """One table in, one out: same rows, same order.
 
-        Ray calls from two threads, so that the next table is there when this one is done. Two forward passes
-        at once would share the cores and the device for no gain, and twice the memory.
+        Ray calls from two threads, so that the next table is there when this one is done; `Encoder` lets one
+        of them at a time feed the model. Seconds of two tables that overlap are counted once.
         """
         from edje_pipeline.stages.encode import encode_table
 
-        with self._one_at_a_time:
+        with self._counting:
             started, began_at = time.perf_counter(), time.time()
-            wait_s = started - self._ended
+            wait_s = 0.0 if self._num_inside else started - self._ended
+            self._num_inside += 1
+        try:
             tokens = encode_table(table, self._encoder, self._image_size)
             crash_point("stage.encode")
-            self._ended = time.perf_counter()
-            encode_s = self._ended - started
+        finally:
+            with self._counting:
+                self._num_inside -= 1
+                ended = time.perf_counter()
+                encode_s = ended - max(started, self._ended)
+                self._ended = ended
         yield with_metrics(
             tokens,
             encode_s=encode_s,

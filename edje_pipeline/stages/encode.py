@@ -11,6 +11,7 @@ neighbours it happened to have, so a resumed run writes the same bytes as an uni
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -120,6 +121,10 @@ class Encoder:
         self.micro_batch_size = micro_batch_size
         self._backbone = backbone.to(self.device, self.dtype).eval() if backbone is not None else None
         self._adapter = adapter.to(self.device, self.dtype).eval() if adapter is not None else None
+        self._launching = threading.Lock()
+        self._uploads: Any = None
+        if self.device.type == "cuda":
+            self._uploads = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._forward: Callable[[Tensor], tuple[Tensor, Tensor | None, Tensor]] = self._forward_plain
         if compile_model:
             self._forward = torch.compile(self._forward_plain, dynamic=False)
@@ -164,27 +169,33 @@ class Encoder:
         is_finite = np.ones(num_images, bool)
         outputs = EncodedImages(payload, embedding, is_finite)
         pending: deque[_Pending] = deque()
-        start = 0
         with torch.inference_mode():
-            while start < num_images:
-                size = self.micro_batch_size
-                try:
-                    pending.append(self._launch(inputs, start, size))
-                except torch.cuda.OutOfMemoryError:
-                    if size == 1:
-                        raise
-                    while pending:
-                        self._finish(pending.popleft(), outputs)
-                    torch.cuda.empty_cache()
-                    self.micro_batch_size = size // 2
-                    logger.warning("GPU out of memory: batch size lowered from %d to %d", size, size // 2)
-                    continue
-                start += size
-                if len(pending) > 1:  # the codec works on one micro-batch while the device computes the next
-                    self._finish(pending.popleft(), outputs)
+            # One caller at a time feeds the device. It lets the next one in before its last micro-batches are
+            # done, so that the device finds work while this one's results are fetched and packed.
+            with self._launching:
+                self._launch_all(inputs, pending, outputs)
             while pending:
                 self._finish(pending.popleft(), outputs)
         return outputs
+
+    def _launch_all(self, inputs: np.ndarray, pending: deque[_Pending], outputs: EncodedImages) -> None:
+        start = 0
+        while start < len(inputs):
+            size = self.micro_batch_size
+            try:
+                pending.append(self._launch(inputs, start, size))
+            except torch.cuda.OutOfMemoryError:
+                if size == 1:
+                    raise
+                while pending:
+                    self._finish(pending.popleft(), outputs)
+                torch.cuda.empty_cache()
+                self.micro_batch_size = size // 2
+                logger.warning("GPU out of memory: batch size lowered from %d to %d", size, size // 2)
+                continue
+            start += size
+            if len(pending) > 1:  # the codec works on one micro-batch while the device computes the next
+                self._finish(pending.popleft(), outputs)
 
     def _launch(self, inputs: np.ndarray, start: int, size: int) -> _Pending:
         part = inputs[start : start + size]
@@ -198,8 +209,7 @@ class Encoder:
             host.numpy()[:num_images] = part
             host.numpy()[num_images:] = part[-1]
             batch = host
-        on_device = batch.to(self.device, non_blocking=True)
-        tokens, embedding, is_finite = self._forward(on_device)
+        tokens, embedding, is_finite = self._forward(self._upload(batch))
         pending = _Pending(start, num_images, tokens, embedding, is_finite, keep=[batch])
         if is_cuda:
             pending.tokens = _to_host(tokens)
@@ -208,6 +218,17 @@ class Encoder:
             pending.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             pending.ready.record()
         return pending
+
+    def _upload(self, batch: Tensor) -> Tensor:
+        """To the device, on a stream of its own: the copy runs beside the forward pass of the batch before."""
+        if self._uploads is None:
+            return batch
+        with torch.cuda.stream(self._uploads):
+            on_device = batch.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._uploads)
+        on_device.record_stream(computing)
+        return on_device
 
     def _finish(self, pending: _Pending, outputs: EncodedImages) -> None:
         if pending.ready is not None:

@@ -3,7 +3,8 @@
 Where the time goes in the plain path, and what is left out here: padding and its mask (pairs are
 grouped by exact text length), the upload of one token matrix a pair (an image's payload crosses to
 the device once and is gathered by index), decoding on the host (the payload is 2 to 48 times smaller
-than the tokens), a synchronisation a batch (logits come back once a block).
+than the tokens), a copy or a synchronisation a batch (a call's inputs cross in four copies, its
+logits come back in one, and the next call may be launched before they do).
 
 Shape letters: K distinct images, P payload bytes, M compressed tokens, E joint-encoder width,
 n pairs, B pairs of a batch, T distinct texts, L tokens of a text.
@@ -23,14 +24,16 @@ from torch import Tensor, nn
 from edje_pipeline.errors import ConfigError, DeviceError
 from edje_pipeline.models.cpu_encoder import cpu_encoder
 from edje_pipeline.models.dequantize import dequantizer
+from edje_pipeline.models.gpu_encoder import gpu_encoder
 from edje_pipeline.models.joint_encoder import JointEncoder
+from edje_pipeline.stages.length_graphs import LengthGraphs
 from edje_pipeline.storage.codecs import Codec
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131_072}
 """Tokens of one forward pass. CPU: the activations of a layer stay in the cache. GPU: enough work a kernel."""
-INT8_BATCH_TOKENS = 1024
-"""The same for int8, whose 32-bit sums make a layer's activations larger: a fifth less CPU time than with 2048."""
+INT8_BATCH_TOKENS = 512
+"""The same for int8, whose 32-bit sums make a layer's activations several times larger."""
 
 
 class DenseEncoder(Protocol):
@@ -145,6 +148,8 @@ def prepare_encoder(encoder: nn.Module, device: torch.device, precision: str, *,
     prepared: Any = encoder.eval().to(device=device, dtype=dtype)
     if device.type == "cpu" and dtype == torch.float32 and isinstance(prepared, JointEncoder):
         prepared = cpu_encoder(prepared, precision)
+    elif device.type == "cuda" and not compiled and isinstance(prepared, JointEncoder):
+        prepared = gpu_encoder(prepared)
     if compiled:
         prepared.forward_dense = torch.compile(prepared.forward_dense, dynamic=True)
     return prepared
@@ -162,7 +167,9 @@ class PairScorer:
         precision: str | None = None,
         batch_tokens: int | None = None,
         compiled: bool = False,
+        use_graphs: bool = True,
     ) -> None:
+        """Args: use_graphs: on a GPU, replay a recorded forward pass for lengths that come often."""
         self.device = device if isinstance(device, torch.device) else resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
@@ -171,8 +178,12 @@ class PairScorer:
         self.dequantize = dequantizer(codec, self.device, dtype=self.dtype)
         default = INT8_BATCH_TOKENS if self.precision == "int8" else BATCH_TOKENS[self.device.type]
         self.batch_tokens = batch_tokens or default
+        self._graphs: LengthGraphs | None = None
+        if self.device.type == "cuda" and use_graphs:
+            self._graphs = LengthGraphs(
+                self.encoder.forward_dense, codec.num_tokens, codec.dim, self.dtype, self.device, self.batch_tokens
+            )
 
-    @torch.inference_mode()
     def score(
         self, payloads: np.ndarray, image_index: np.ndarray, texts: TextTokens, text_index: np.ndarray
     ) -> np.ndarray:
@@ -187,28 +198,79 @@ class PairScorer:
         Returns:
             float32 (n,), in the order of the pairs.
         """
-        num_pairs = len(image_index)
-        if num_pairs == 0:
-            return np.empty(0, np.float32)
+        return self.launch(payloads, image_index, texts, text_index).result()
+
+    @torch.inference_mode()
+    def launch(
+        self, payloads: np.ndarray, image_index: np.ndarray, texts: TextTokens, text_index: np.ndarray
+    ) -> PendingScores:
+        """As `score`, without waiting for a GPU: it works through its queue while the caller does other things."""
         lengths = texts.lengths[text_index]
         order = np.lexsort((image_index, lengths))
-        lengths, text_index = lengths[order], text_index[order]
-        stored = self._upload(payloads)
+        batches = list(length_batches(lengths[order], self.batch_tokens, self.codec.num_tokens))
         images = image_index[order].astype(np.int64)
-        logits = torch.empty(num_pairs, dtype=torch.float32, device=self.device)
-        for start, stop, length in length_batches(lengths, self.batch_tokens, self.codec.num_tokens):
-            input_ids = self._upload(texts.rows(text_index[start:stop], length))
-            # Decoding and embedding depend on the image and the length alone: once per image of the batch.
-            used, which = np.unique(images[start:stop], return_inverse=True)
-            image_tokens = self.dequantize(stored.index_select(0, self._upload(used)))
-            shared = self._upload(which) if len(used) < len(which) else None
-            logits[start:stop] = self.encoder.forward_dense(input_ids, image_tokens, shared).float()
-        result = np.empty(num_pairs, np.float32)
-        result[order] = logits.cpu().numpy()
-        return result
+        # Decoding and embedding depend on the image and the length alone: once per image of a batch.
+        used, which, edges = distinct_of_batches(images, [start for start, _, _ in batches])
+        parts = [texts.rows(text_index[order[start:stop]], length).ravel() for start, stop, length in batches]
+        all_ids = self._upload(np.concatenate([np.empty(0, np.int64), *parts]))
+        all_used, all_which, stored = self._upload(used), self._upload(which), self._upload(payloads)
+        logits = torch.empty(len(order), dtype=torch.float32, device=self.device)
+        first_id = 0
+        for (start, stop, length), first, last in zip(batches, edges[:-1], edges[1:], strict=True):
+            end_id = first_id + (stop - start) * length
+            input_ids = all_ids[first_id:end_id].view(stop - start, length)
+            first_id = end_id
+            image_tokens = self.dequantize(stored.index_select(0, all_used[first:last]))
+            shared = all_which[start:stop] if last - first < stop - start else None
+            if self._graphs is not None:
+                self._graphs.forward_into(logits[start:stop], input_ids, image_tokens, shared)
+            else:
+                logits[start:stop] = self.encoder.forward_dense(input_ids, image_tokens, shared).float()
+        return PendingScores(order, logits)
 
     def _upload(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
+
+
+class PendingScores:
+    """Logits that a device may still be computing."""
+
+    def __init__(self, order: np.ndarray, logits: Tensor) -> None:
+        """Args: order: int (n,), the pair of each logit. logits: float32 (n,)."""
+        self._order, self._host, self._ready = order, logits, None
+        if logits.device.type == "cuda":
+            self._host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+            self._host.copy_(logits, non_blocking=True)
+            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ready.record()
+
+    def result(self) -> np.ndarray:
+        """float32 (n,), in the order of the pairs; waits until they are there."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        result = np.empty(len(self._order), np.float32)
+        result[self._order] = self._host.numpy()
+        return result
+
+
+def distinct_of_batches(images: np.ndarray, starts: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """The distinct images of each batch, one batch after the other.
+
+    Args:
+        images: int64 (n,), ascending within a batch.
+        starts: where the batches begin in it, ascending.
+
+    Returns:
+        int64 (D,): images, each once a batch. int64 (n,): which of its batch's images each entry is.
+        Edges into the first, one more than batches.
+    """
+    fresh = np.ones(len(images), bool)
+    fresh[1:] = images[1:] != images[:-1]
+    fresh[list(starts)] = True
+    place = np.cumsum(fresh) - 1
+    edges = place[list(starts)]
+    sizes: np.ndarray = np.diff(np.array([*starts, len(images)], np.int64))
+    return images[fresh], place - np.repeat(edges, sizes), [*edges.tolist(), int(fresh.sum())]

@@ -96,3 +96,18 @@ def test_reduced_jpeg_reaches_the_decoder_and_stays_close(model: ModelDirectory,
         opened = Index.open(index)
         found[reduced] = opened.tokens(sorted(opened.ids()))
     assert 0 < relative_error(found[True], found[False]) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        ({"precision": "float32"}, 0.002),
+        ({}, 0.02),
+        ({"compile_model": True}, 0.02),
+    ],
+    ids=["float32", "auto", "compiled"],
+)
+def test_a_gpu_is_near_the_cpu(model: ModelDirectory, options: dict[str, object], bound: float) -> None:
+    for one, other in zip(tokens_of(model, device="cuda", **options), tokens_of(model), strict=True):
+        assert relative_error(one, other) < bound

@@ -303,3 +303,17 @@ def test_result_as_dict_is_json(tmp_path: Path, score_index: Index, score_pairs:
 def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         ScoreConfig(index="i", queries="q", candidates="c", out="o", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # inductor's advice to give up float32
+@pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
+def test_units_ahead_on_a_gpu_keep_their_pairs(
+    tmp_path: Path, score_index: Index, score_pairs: list[tuple[str, str]], compiled: bool
+) -> None:
+    config = score_config(
+        score_index, tmp_path, score_pairs, unit_pairs=20, device="cuda", precision="float32", compile=compiled
+    )
+    result = run_score(config)
+    assert result.manifest["plan"]["num_units"] > 4
+    assert_same_ranking(read_results(tmp_path / "out"), plain_ranking(score_index, tiny_model(), QUERIES, score_pairs))

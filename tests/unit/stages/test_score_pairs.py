@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from edje_pipeline.errors import ConfigError
-from edje_pipeline.stages.score_pairs import PairScorer, TextTokens, length_batches, resolve_precision
+from edje_pipeline.stages.score_pairs import (
+    PairScorer,
+    TextTokens,
+    distinct_of_batches,
+    length_batches,
+    resolve_precision,
+)
 from edje_pipeline.storage.codecs import resolve
 from tests.index_util import random_tokens
 from tests.score_util import tiny_model
@@ -101,3 +107,43 @@ def test_compiled_scores_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         payloads = scorer.codec.encode(random_tokens(6, 4, 32))
         scores.append(scorer.score(payloads, images, TextTokens.from_lists(lists), texts))
     np.testing.assert_allclose(scores[1], scores[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 1, 4], [0, 2, 3, 6]])
+def test_distinct_images_of_batches(starts: list[int]) -> None:
+    images = np.array([3, 3, 7, 7, 7, 9, 1, 1], np.int64)
+    used, which, edges = distinct_of_batches(images, starts)
+    for first, last, start, stop in zip(edges[:-1], edges[1:], starts, [*starts[1:], len(images)], strict=True):
+        np.testing.assert_array_equal(used[first:last][which[start:stop]], images[start:stop])
+        assert last - first == len(set(images[start:stop].tolist()))
+
+
+def test_launched_calls_keep_their_own_results() -> None:
+    rng = np.random.default_rng(3)
+    scorer = make_scorer(batch_tokens=60)
+    payloads = scorer.codec.encode(random_tokens(6, 4, 32))
+    texts = TextTokens.from_lists([[2, *rng.integers(5, 60, length).tolist(), 3] for length in (1, 4, 4)])
+    calls = [(rng.integers(0, 6, count), rng.integers(0, 3, count)) for count in (9, 30)]
+    pending = [scorer.launch(payloads, images, texts, owners) for images, owners in calls]
+    for (images, owners), one in zip(calls, pending, strict=True):
+        np.testing.assert_allclose(one.result(), scorer.score(payloads, images, texts, owners), atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_recorded_passes_on_a_gpu_give_what_a_cpu_gives(precision: str, bound: float) -> None:
+    rng = np.random.default_rng(0)
+    lists = [[2, *rng.integers(5, 60, length).tolist(), 3] for length in (3, 4, 9, 9)]
+    texts = TextTokens.from_lists(lists)
+    codec = resolve("float16", num_tokens=4, dim=32)
+    payloads = codec.encode(random_tokens(40, 4, 32))
+    want = make_scorer(precision="float32")
+    on_gpu = PairScorer(tiny_model().load_joint_encoder(), codec, device="cuda", precision=precision, batch_tokens=64)
+    assert on_gpu._graphs is not None
+    for _ in range(4):  # other pairs each time, so that what a recording holds of an older batch would show
+        images, owners = rng.integers(0, 40, 300), rng.integers(0, 4, 300)
+        expected = want.score(payloads, images, texts, owners)
+        pending = [on_gpu.launch(payloads, images, texts, owners) for _ in range(2)]
+        for one in pending:
+            assert np.abs(one.result() - expected).max() < bound * max(1.0, expected.std())
+    assert on_gpu._graphs.num_recorded == 3  # one for each length

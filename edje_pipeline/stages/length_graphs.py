@@ -1,0 +1,99 @@
+"""CUDA graphs of a forward pass, one for each text length: a replay costs one launch instead of hundreds.
+
+The kernels of a batch small enough for the GPU's cache are shorter than their launches from Python.
+A graph has fixed sizes, so a batch is copied into buffers that hold the most pairs a length allows;
+rows of the buffers beyond the batch hold an older batch and their logits are not looked at.
+
+Shape letters: b pairs of a batch, B the most pairs of a length, L tokens of a text, U images, M
+tokens of an image, E width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FILLED = 0.75
+"""Batches smaller than this share of B are not worth the wasted rows."""
+RECORD_AFTER = 3
+"""Full batches of a length before its pass is recorded: short runs need none."""
+
+
+class LengthGraphs:
+    """Runs forward passes on a GPU, by replay where it can. Calls must come from one thread at a time."""
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        num_tokens: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_tokens: int,
+    ) -> None:
+        """Args: forward: as `JointEncoder.forward_dense`. batch_tokens: text and image tokens of a batch, at most."""
+        self._forward = forward
+        self._num_tokens, self._batch_tokens = num_tokens, batch_tokens
+        most = max(1, batch_tokens // (num_tokens + 2))
+        self._ids = torch.zeros(batch_tokens, dtype=torch.int64, device=device)
+        self._images = torch.zeros((most, num_tokens, width), dtype=dtype, device=device)
+        self._logits = torch.zeros(most, device=device)
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._seen: Counter[int] = Counter()
+
+    @property
+    def num_recorded(self) -> int:
+        """Lengths that are replayed."""
+        return len(self._graphs)
+
+    def forward_into(self, out: Tensor, input_ids: Tensor, images: Tensor, image_index: Tensor | None) -> None:
+        """Logits of a batch into `out` (b,); the rest as `JointEncoder.forward_dense` takes it."""
+        num_pairs, length = input_ids.shape
+        most = self._batch_tokens // (length + self._num_tokens + 1)
+        if num_pairs > most or num_pairs < FILLED * most or not self._is_frequent(length):
+            # One image a pair here too: what is compiled is compiled for one form only.
+            filled = images if image_index is None else images.index_select(0, image_index)
+            out.copy_(self._forward(input_ids, filled, None))
+            return
+        self._ids[: num_pairs * length].view(num_pairs, length).copy_(input_ids)
+        filled = self._images[:num_pairs]
+        if image_index is None:
+            filled.copy_(images)
+        else:
+            torch.index_select(images, 0, image_index, out=filled)
+        if length not in self._graphs:
+            self._graphs[length] = self._record(most, length)
+        self._graphs[length].replay()
+        out.copy_(self._logits[:num_pairs])
+
+    def _is_frequent(self, length: int) -> bool:
+        self._seen[length] += 1
+        return self._seen[length] > RECORD_AFTER
+
+    def _record(self, most: int, length: int) -> torch.cuda.CUDAGraph:
+        """Records the pass over the first `most` rows of the buffers; what it leaves lies in `_logits`."""
+        input_ids = self._ids[: most * length].view(most, length)
+
+        def work() -> None:
+            self._logits[:most].copy_(self._forward(input_ids, self._images[:most], None))
+
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            work()  # compiles what is compiled at the first call, which a recording may not do
+            self._stream.synchronize()
+            # Not `torch.cuda.graph`: it collects garbage of the whole process each time.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
+        return graph

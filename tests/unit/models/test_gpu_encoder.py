@@ -1,0 +1,66 @@
+"""The fused kernels: on a CPU through Triton's interpreter, on a GPU as they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from edje_pipeline.models.bert_layers import BertLayer
+from edje_pipeline.models.gpu_encoder import GpuBertLayer, gpu_encoder, has_triton
+from edje_pipeline.models.joint_encoder import JointEncoder
+from edje_pipeline.models.spec import JointEncoderSpec
+from tests.score_util import tiny_model
+
+INTERPRETED = """
+import torch
+from torch.nn import functional as F
+from edje_pipeline.models.gpu_kernels import add_norm, linear_gelu
+torch.manual_seed(0)
+for rows, inputs, outputs in ((5, 64, 32), (130, 128, 200)):
+    x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs) / 8, torch.randn(outputs)
+    torch.testing.assert_close(linear_gelu(x, weight, bias), F.gelu(F.linear(x, weight, bias)), atol=1e-4, rtol=1e-4)
+for shape in ((3, 7, 48), (9, 384)):
+    x, y, weight, bias = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1])
+    want = F.layer_norm(x + y, shape[-1:], weight, bias, 1e-5)
+    torch.testing.assert_close(add_norm(x, y, weight, bias, 1e-5), want, atol=1e-4, rtol=1e-4)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_kernels_give_what_two_passes_give() -> None:
+    environment = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_a_cpu_keeps_its_layers() -> None:
+    encoder = tiny_model().load_joint_encoder()
+    assert gpu_encoder(encoder) is encoder
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [3, 20])
+def test_fused_layers_are_near_float32(length: int) -> None:
+    torch.manual_seed(0)
+    spec = JointEncoderSpec(width=128, num_layers=3, num_heads=4, mlp_dim=256, vocab_size=100, max_positions=64)
+    encoder = JointEncoder(spec).eval()
+    for value in encoder.parameters():
+        if value.ndim > 1:
+            torch.nn.init.normal_(value, std=0.1)
+    ids, images = torch.randint(0, 100, (37, length)), torch.randn(37, 16, 128)
+    with torch.inference_mode():
+        want = encoder.forward_dense(ids, images)
+        encoder.cuda().bfloat16()
+        fused = gpu_encoder(encoder)
+        assert isinstance(fused.layers[0], GpuBertLayer)
+        plain = encoder.forward_dense(ids.cuda(), images.cuda()).cpu()
+        found = fused.forward_dense(ids.cuda(), images.cuda()).cpu()
+    assert (found - want).abs().max() < 1.5 * (plain - want).abs().max() + 1e-3
+    assert isinstance(encoder.layers[0], BertLayer)
+    assert not isinstance(encoder.layers[0], GpuBertLayer)
