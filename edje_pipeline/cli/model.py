@@ -1,4 +1,4 @@
-"""`edje-pipeline import-checkpoint`, `export-checkpoint`, `make-model` and `model-info`."""
+"""`edje-pipeline import-checkpoint`, `export-checkpoint`, `make-model`, `compact-model` and `model-info`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ BackboneSourceHelp = (
 )
 WeightsOption = Annotated[
     str, typer.Option("--weights", help="Of the backbone: `pretrained` (fetched), a file, or random:SEED.")
+]
+StorageOption = Annotated[
+    str | None, typer.Option(help="float32, float16 or int8.", show_default="as it is", metavar="STORAGE")
 ]
 TextTokenizerOption = Annotated[
     Path | None, typer.Option("--text-tokenizer", help="tokenizer.json of the backbone's text tower.")
@@ -158,6 +161,41 @@ def make_model_command(
     source = BackboneSource(backbone, weights, options, text_tower, text_tokenizer)
     parts = ModelParts(joint_encoder, None if local else tokens, adapter, mlp_dim, sentence_encoder, seed)
     emit(ModelSummary(make_model(out, name or out.name, source, parts), f"assembled {out.name}"), format)
+
+
+@app.command("compact-model")
+@handled
+def compact_model_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, hf:ORG/NAME or bundled name.")],
+    out: OutOption,
+    joint_encoder: StorageOption = None,
+    text_tower: StorageOption = None,
+    adapter: StorageOption = None,
+    backbone: StorageOption = None,
+    format: FormatOption = OutputFormat.text,
+    debug: DebugOption = False,
+) -> None:
+    """Write a smaller copy of a model: float16, or int8 with a scale a row.
+
+    int8 applies to matrices; norms, biases and positions are float16 then.
+    Computing is not affected: weights are read back as float32. Scores change
+    a little, so an index made with the original model needs a rebuild.
+
+    Example:
+
+        edje-pipeline compact-model MODEL --out SMALL --joint-encoder int8
+            --text-tower int8 --adapter float16 --backbone float16
+    """
+    from edje_pipeline.models.checkpoint import open_model
+    from edje_pipeline.models.compact_model import compact_model
+
+    asked = {"backbone": backbone, "adapter": adapter, "joint_encoder": joint_encoder, "text_tower": text_tower}
+    storages = {part: storage for part, storage in asked.items() if storage is not None}
+    if not storages:
+        raise ConfigError(
+            "nothing to compact: give at least one of --joint-encoder, --text-tower, --adapter, --backbone"
+        )
+    emit(compact_model(open_model(model), out, storages), format)
 
 
 @app.command("model-info")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edje_pipeline.errors import ModelError, ModelNotFoundError, ShapeMismatchError
+from edje_pipeline.models.compact_weights import plain_header, scale_problems
 from edje_pipeline.models.layout import Shapes, adapter_shapes, joint_encoder_shapes
 from edje_pipeline.models.model_files import (
     FileRecord,
@@ -73,6 +74,11 @@ class ModelDirectory:
         if self.spec.text_tower is not None:
             parts["text_tower"] = self.spec.text_tower.fingerprint
         return parts
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files together, config.json not counted."""
+        return sum(record.size_bytes for record in self.files.values())
 
     def file(self, name: str, *, verify: bool = True) -> Path:
         """The path of one of the model's files, its checksum verified (once per process).
@@ -249,7 +255,8 @@ def _check_files(model: ModelDirectory) -> None:
                 broken.append(f"{name} has {size:,} bytes, config.json says {record.size_bytes:,}; fetch it again")
             elif name.endswith(".safetensors"):
                 header = read_header(path)
-                unfit += shape_problems(name, header, shapes[name]) if name in shapes else []
+                broken += [f"{name}: {problem}" for problem in scale_problems(header)]
+                unfit += shape_problems(name, plain_header(header), shapes[name]) if name in shapes else []
         except ModelError as error:
             broken.append(str(error))
     for part, name in WEIGHT_FILES.items():

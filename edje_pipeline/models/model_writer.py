@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edje_pipeline.errors import ModelError
+from edje_pipeline.errors import ConfigError, ModelError
 from edje_pipeline.models.model_directory import (
     CARD_FILE,
     CONFIG_FILE,
@@ -47,6 +47,7 @@ def save_model(
     text_tower: Weights | None = None,
     card: str = "",
     extra: Mapping[str, bytes | Path | Mapping[str, Tensor]] | None = None,
+    compact: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> ModelDirectory:
     """Writes a complete model directory and opens it.
@@ -60,9 +61,13 @@ def save_model(
         tokenizer: or the text of a tokenizer.json, or its path.
         card: the text of MODEL_CARD.md; a short one is written when empty.
         extra: further files by name: bytes, a file to copy, or tensors.
+        compact: part -> `float32`, `float16` or `int8`, how its weights are stored (`compact_weights`); a part not
+            named is written as it is given.
+        overwrite: an existing model is replaced.
 
     Raises:
-        ModelError: the target exists, or what was given does not fit together.
+        ModelError: the target exists, or what was given does not fit together or into the storage asked for.
+        ConfigError: `compact` names a part or a storage that there is not.
         StorageError: the target cannot be written.
     """
     target = Path(os.path.abspath(directory))
@@ -70,6 +75,10 @@ def save_model(
         raise ModelError(f"{target} exists already; choose another directory or allow overwriting")
     parts = {"backbone": backbone, "adapter": adapter, "joint_encoder": joint_encoder, "text_tower": text_tower}
     content: dict[str, Any] = {WEIGHT_FILES[part]: weights for part, weights in parts.items() if weights is not None}
+    for part, storage in (compact or {}).items():
+        if parts.get(part) is None:
+            raise ConfigError(f"there is no {part} to store as {storage}; give one of {', '.join(parts)}")
+        content[WEIGHT_FILES[part]] = _compacted(content[WEIGHT_FILES[part]], storage)
     content[TOKENIZER_FILE] = tokenizer if isinstance(tokenizer, Path) else _tokenizer_bytes(tokenizer)
     content[CARD_FILE] = (card or _default_card(spec)).encode()
     content |= extra or {}
@@ -117,6 +126,15 @@ def _write(path: Path, value: Any) -> None:
         write_tensors(path, value.state_dict() if hasattr(value, "state_dict") else value)
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def _compacted(weights: Any, storage: str) -> dict[str, Tensor]:
+    from edje_pipeline.models.compact_weights import compact
+    from edje_pipeline.models.tensor_files import read_tensors
+
+    if isinstance(weights, Path):
+        return compact(read_tensors(weights), storage)
+    return compact(weights.state_dict() if hasattr(weights, "state_dict") else weights, storage)
 
 
 def _swap_in(temporary: Path, target: Path, *, overwrite: bool) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edje_pipeline.errors import ModelError, ModelNotFoundError, ShapeMismatchError
+from edje_pipeline.models.compact_weights import restore
 
 MAX_LISTED_KEYS = 20
 """Of each kind of problem in one message: a wrong file differs in hundreds of keys and ten tell the story."""
@@ -82,8 +83,10 @@ def read_object(path: Path) -> Any:
 def read_tensors(path: Path, *, entries: Iterable[str] = ("model", "state_dict")) -> dict[str, Tensor]:
     """The state dict in a weights file, also when it stands under one of `entries`.
 
+    Compact weights come back as the float32 tensors they stand for (`compact_weights`).
+
     Raises:
-        ModelError: as `read_object`, or the file holds no tensors.
+        ModelError: as `read_object`, or the file holds no tensors, or compact weights that are damaged.
     """
     value = read_object(path)
     for entry in entries:
@@ -95,7 +98,7 @@ def read_tensors(path: Path, *, entries: Iterable[str] = ("model", "state_dict")
     tensors = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
     if not tensors:
         raise ModelError(f"{path} holds no tensors; expected a state dict, alone or under {', '.join(entries)}")
-    return tensors
+    return restore(tensors, where=str(path))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
