@@ -1,14 +1,16 @@
-"""The joint encoder for the CPU: oneDNN's float32 kernels, or int8 weights with int8 activations.
+"""The joint encoder for the CPU: oneDNN's float32 kernels, or int8 weights with integer products.
 
 Nine tenths of a pass are four matrix products a layer. PyTorch sends float32 products to MKL, which
 leaves half of an AMD processor idle (it takes its AVX2 path there); oneDNN, which PyTorch ships as
-well and uses for bfloat16 and int8, does not. For int8 both sides of a product are quantized:
-weights once, one scale an output channel; activations at each call, **one scale a token**. So a
-pair's logit depends on the pair alone, never on what else is in its batch; the dynamic quantization
-of onnxruntime and of `torch.ao` has one scale a tensor, and neither holds there
-(benchmarks/int8_runtimes.py compares them).
+well and uses for bfloat16 and int8, does not.
 
-Shape letters: B batch, S sequence, R rows (B x S), E width, I inputs, O outputs.
+For int8 both sides of a product are integers. Weights have a scale for every output channel and
+block of at most 384 inputs. Activations are 16-bit integers with **one scale a token**, so that a
+pair's logit depends on the pair alone, never on what else is in its batch. A 16-bit integer is two
+int8 halves, 256 high + low: one int8 product over twice as many rows. One half alone is 1.5 times as
+fast, but changes the first image of 1 query in 20 (docs/log.md; benchmarks/score_accuracy.py).
+
+Shape letters: B batch, S sequence, R rows (B x S), E width, I inputs, O outputs, K blocks of inputs.
 """
 
 from __future__ import annotations
@@ -26,6 +28,11 @@ from edje_pipeline.models.bert_layers import BertLayer
 from edje_pipeline.models.joint_encoder import JointEncoder
 
 INT8_MAX = 127
+HALVES_MAX = 256 * INT8_MAX + 127
+"""The largest 16-bit value whose high half, rounded to the nearest, is an int8 of at most 127."""
+BLOCK_INPUTS = 384
+"""Inputs that share a weight's scale. At most 516, or 256 high + low does not fit 32 bits; the MLP's second map has
+its largest inputs in a few channels, and one scale for all 1,536 doubles the error of its weights."""
 NO_POST_OP: tuple[str, list[float], str] = ("none", [], "")
 EXACT_GELU: tuple[str, list[float], str] = ("gelu", [], "none")
 
@@ -53,35 +60,77 @@ class OneDnnLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear map of int8 weights (a scale an output channel) and int8 activations (a scale a row)."""
+    """A linear map of int8 weights and 16-bit activations: see the module docstring."""
 
-    weight_io: Tensor
-    scale_o: Tensor
+    weight_kio: Tensor
+    scale_ko: Tensor
     bias_o: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> None:
         super().__init__()
-        quantized_oi, scale_o = quantize_rows(weight.detach().float())
-        self.register_buffer("weight_io", quantized_oi.t(), persistent=False)
-        self.register_buffer("scale_o", scale_o[:, 0].contiguous(), persistent=False)
+        num_outputs, num_inputs = weight.shape
+        self.num_blocks = num_blocks(num_inputs)
+        blocks_oki = weight.detach().float().reshape(num_outputs, self.num_blocks, -1)
+        quantized, scale = quantize_rows(blocks_oki.transpose(0, 1).flatten(0, 1))
+        # Stored as (O, I) of each block, used as (I, O): the order oneDNN multiplies without a copy.
+        weight_koi = quantized.view(self.num_blocks, num_outputs, -1)
+        self.register_buffer("weight_kio", weight_koi.transpose(1, 2), persistent=False)
+        self.register_buffer("scale_ko", scale.view(self.num_blocks, num_outputs), persistent=False)
         self.register_buffer("bias_o", bias.detach().float().contiguous(), persistent=False)
         self.gelu = gelu
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., I) float32 -> (..., O) float32."""
-        quantized_ri, scale_r = quantize_rows(inputs.reshape(-1, inputs.shape[-1]))
-        sums_ro = torch._int_mm(quantized_ri, self.weight_io).float()  # noqa: SLF001
-        out = torch.addcmul(self.bias_o, sums_ro.mul_(scale_r), self.scale_o)
+        halves_kri, scale_r1 = split_rows(inputs.reshape(-1, inputs.shape[-1]), self.num_blocks)
+        scaled_ro = self._product(halves_kri, 0)
+        for number in range(1, self.num_blocks):
+            scaled_ro.add_(self._product(halves_kri, number))
+        out = torch.addcmul(self.bias_o, scaled_ro, scale_r1)
         out = out.view(*inputs.shape[:-1], -1)
         return F.gelu(out) if self.gelu else out
+
+    def _product(self, halves_kri: Tensor, number: int) -> Tensor:
+        """One block's product with the weights' scales: (R, O) float32."""
+        sums = torch._int_mm(halves_kri[number], self.weight_kio[number])  # noqa: SLF001
+        high, low = sums.chunk(2)
+        return torch.add(low, high, alpha=256).float().mul_(self.scale_ko[number])
+
+
+def num_blocks(num_inputs: int) -> int:
+    """The fewest equal blocks of at most `BLOCK_INPUTS` inputs."""
+    return next(count for count in range(-(-num_inputs // BLOCK_INPUTS), num_inputs + 1) if num_inputs % count == 0)
 
 
 def quantize_rows(rows_ri: Tensor) -> tuple[Tensor, Tensor]:
     """(R, I) -> int8 (R, I) and scales (R, 1) with rows = int8 x scale to half a scale; symmetric, a scale a row."""
-    # Two passes, both vectorized; the maximum norm of torch.linalg is one, and four times slower.
-    scale_r1 = rows_ri.abs().amax(dim=1, keepdim=True).mul_(1 / INT8_MAX)
-    scale_r1.clamp_min_(torch.finfo(torch.float32).tiny)  # a row of zeros
+    scale_r1 = _scale(rows_ri, INT8_MAX)
     return torch.div(rows_ri, scale_r1).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale_r1
+
+
+def split_rows(rows_ri: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows as 16-bit integers, cut into halves and blocks.
+
+    Args:
+        rows_ri: (R, I) float32.
+        count: K, the blocks of inputs; divides I.
+
+    Returns:
+        int8 (K, 2 R, I / K), of each block the high halves and then the low ones, and scales (R, 1), with
+        rows = (256 high + low) x scale to half a scale.
+    """
+    num_rows, num_inputs = rows_ri.shape
+    scale_r1 = _scale(rows_ri, HALVES_MAX)
+    codes = torch.div(rows_ri, scale_r1).round_().to(torch.int16).view(num_rows, count, -1).transpose(0, 1)
+    halves = torch.empty(count, 2, num_rows, num_inputs // count, dtype=torch.int8)
+    halves[:, 1] = codes  # the low byte, as a signed number: -128 to 127
+    halves[:, 0] = codes.add(128).bitwise_right_shift_(8)  # what is left is a multiple of 256
+    return halves.flatten(1, 2), scale_r1
+
+
+def _scale(rows_ri: Tensor, largest: int) -> Tensor:
+    # Two passes, both vectorized; the maximum norm of torch.linalg is one, and four times slower.
+    scale_r1 = rows_ri.abs().amax(dim=1, keepdim=True).mul_(1 / largest)
+    return scale_r1.clamp_min_(torch.finfo(torch.float32).tiny)  # a row of zeros
 
 
 class CpuBertLayer(nn.Module):
@@ -168,7 +217,7 @@ def check_int8() -> None:
         DeviceError: the sums are wrong.
     """
     left, right = torch.full((32, 64), INT8_MAX, dtype=torch.int8), torch.full((64, 32), INT8_MAX, dtype=torch.int8)
-    right[:, 1::2] = -INT8_MAX
+    left[1::2], right[:, 1::2] = -INT8_MAX - 1, -INT8_MAX
     expected = left.long() @ right.long()
     if not torch.equal(torch._int_mm(left, right).long(), expected):  # noqa: SLF001
         raise DeviceError(
