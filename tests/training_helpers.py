@@ -30,7 +30,8 @@ class ArrayTokens:
         self.image_ids = image_ids
         self._tokens = tokens
 
-    def tokens(self, positions: np.ndarray) -> np.ndarray:
+    def tokens(self, positions: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        del views
         return self._tokens[positions]
 
     def pooled(self, positions: np.ndarray) -> np.ndarray | None:

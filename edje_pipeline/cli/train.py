@@ -39,6 +39,7 @@ def train(
     teacher: Annotated[str, typer.Option(help="A trained model with the local adapter, for distillation.")] = "",
     first_stage: Annotated[str, typer.Option(help="ridge: fit the embedding map; keep: as it is; auto.")] = "auto",
     cache_tokens: Annotated[bool, typer.Option(help="Keep vision tokens of --images below --out.")] = True,
+    cache_dir: Annotated[str, typer.Option(help="Or keep them here, where several runs can share them.")] = "",
     on_unknown: UnknownOption = "error",
     on_empty: Annotated[str, typer.Option(help="Empty captions: error or skip.")] = "error",
     name: Annotated[str, typer.Option(help="Name of the new model.")] = "",
@@ -78,7 +79,7 @@ def train(
         model=model, out=out, captions=tuple(captions), recipe=plan, images=images, index=raw_index,
         val_captions=tuple(val_captions or ()), val_images=val_images, val_index=val_raw_index,
         templates=tuple(caption_template or ()), teacher=teacher, first_stage=first_stage, cache=cache_tokens,
-        on_unknown=on_unknown, on_empty=on_empty, name=name, device=device, restart=restart,
+        cache_dir=cache_dir, on_unknown=on_unknown, on_empty=on_empty, name=name, device=device, restart=restart,
     )  # fmt: skip
     if num_workers:
         from edje_pipeline.training.ray_train import train_with_ray

@@ -59,7 +59,7 @@ class Corpus:
     def micro_batch(self, pairs: PairBatch, collective: Collective, device: torch.device) -> MicroBatch:
         """The tensors of one micro-batch. Each worker reads its own images' tokens; they are then gathered."""
         own = np.arange(collective.rank, len(pairs.images), collective.num_workers)
-        tokens = torch.from_numpy(self.source.tokens(self.positions[pairs.images[own]])).to(device)
+        tokens = torch.from_numpy(self.source.tokens(self.positions[pairs.images[own]], pairs.views[own])).to(device)
         ids, mask = pad_ids([self._ids[text] for text in pairs.texts], self.tokenizer.pad_id)
         texts = torch.from_numpy(self.text_embeddings[pairs.texts])
         images = texts if self.image_embeddings is None else torch.from_numpy(self.image_embeddings[pairs.images])

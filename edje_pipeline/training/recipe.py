@@ -112,6 +112,11 @@ class Recipe:
     clip_norm: float = 1.0
     mask_fraction: float = 0.5
     """Of the text tokens, for MLM."""
+    views: int = 1
+    """Of each image: the image as it is, and `views` - 1 changed ones (augment.py); needs `images`, not an index."""
+    neighbours_by: Literal["texts", "first-stage"] = "texts"
+    """What makes neighbours of a batch: near captions alone, or half of them images that the first stage takes
+    for the caption's own."""
     calibrate_adapter: bool = False
     """Fit a fresh adapter's scales to the vision tokens and the word embeddings first; see calibrate.py."""
     precision: Precision = "auto"
@@ -129,6 +134,10 @@ class Recipe:
             problems.append(f"precision {self.precision!r} is not one of {', '.join(get_args(Precision))}")
         if min(self.log_every, self.validate_every, self.checkpoint_every, self.keep_checkpoints) < 1:
             problems.append("log-every, validate-every, checkpoint-every and keep-checkpoints start at 1")
+        if self.views < 1:
+            problems.append(f"views is {self.views}, expected at least 1: the image as it is")
+        if self.neighbours_by not in ("texts", "first-stage"):
+            problems.append(f"neighbours-by is {self.neighbours_by!r}, expected 'texts' or 'first-stage'")
         if not 0 < self.mask_fraction < 1:
             problems.append(f"mask-fraction is {self.mask_fraction}, expected a number between 0 and 1")
         if problems:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from edje_pipeline.stages.score_pairs import resolve_device
 from edje_pipeline.storage.codecs import Codec, needs_codebook, resolve, save_codec, train_pq
 from edje_pipeline.storage.index import Index
 from edje_pipeline.storage.location import Location
+from edje_pipeline.training.augment import Augmentation
 from edje_pipeline.training.batches import Corpus
 from edje_pipeline.training.calibrate import calibrate_adapter
 from edje_pipeline.training.collective import Collective
@@ -32,7 +33,7 @@ from edje_pipeline.training.metrics_log import read_metrics
 from edje_pipeline.training.objective import Learner, Teacher
 from edje_pipeline.training.recipe import Phase, Recipe
 from edje_pipeline.training.ridge import LinearMap, choose_penalty, fit_ridge
-from edje_pipeline.training.sampler import PairSampler, nearest_texts
+from edje_pipeline.training.sampler import PairSampler, confused_texts, nearest_texts
 from edje_pipeline.training.token_source import ImageTokens, IndexTokens, TokenSource, cache_tokens
 from edje_pipeline.training.trainer import Trainer, TrainState
 from edje_pipeline.training.validation import Validator
@@ -65,6 +66,8 @@ class TrainJob:
     """ridge: fit the backbone's embedding map to the captions; keep: use it as it is; auto: ridge when the
     model has such a map."""
     cache: bool = True
+    cache_dir: str = ""
+    """Where the cached tokens lie; default: below `out`. Runs over the same images and backbone can share one."""
     on_unknown: str = "error"
     on_empty: str = "error"
     name: str = ""
@@ -140,7 +143,11 @@ def prepare(job: TrainJob, collective: Collective) -> Prepared:
     device = resolve_device(job.device)
     backbone = model.load_backbone()
     captions = read_captions(job.captions, templates=job.templates, on_empty=job.on_empty)
-    source = _open_tokens(job.images, job.index, model.spec, backbone, out / "tokens", device, cache=job.cache)
+    root = Path(job.cache_dir or out)
+    views = None if job.recipe.views == 1 else Views(job.recipe.views, job.recipe.seed)
+    source = _open_tokens(
+        job.images, job.index, model.spec, backbone, root / "tokens", device, cache=job.cache, views=views
+    )
     captions = captions.keep(source.image_ids, where=job.index or job.images, on_unknown=job.on_unknown)
     captions.require_trainable()
     tower = model.load_text_tower()
@@ -156,13 +163,18 @@ def prepare(job: TrainJob, collective: Collective) -> Prepared:
         calibrate_adapter(learner.adapter, torch.from_numpy(source.tokens(chosen)), words)
     wants_neighbours = any(phase.neighbours for phase in job.recipe.phases)
     neighbours = nearest_texts(text_embeddings) if wants_neighbours else None
+    if neighbours is not None and job.recipe.neighbours_by == "first-stage":
+        if image_embeddings is None:
+            raise ConfigError("neighbours-by = 'first-stage' needs a first stage, which this model does not have")
+        neighbours = np.concatenate([neighbours, confused_texts(text_embeddings, image_embeddings, captions)], axis=1)
+    sampler = PairSampler(captions, job.recipe.seed, neighbours, num_views=job.recipe.views)
     state = TrainState(
-        learner, corpus, PairSampler(captions, job.recipe.seed, neighbours), out, _fingerprints(job, model, captions),
+        learner, corpus, sampler, out, _fingerprints(job, model, captions),
         device=device, collective=collective, teacher=_teacher(job, model.spec, device),
         fit_codec=_codec_fitter(out, corpus, device),
     )  # fmt: skip
     if job.val_captions:
-        state.validator = _validator(job, model.spec, backbone, out, device, linear_map, corpus, tower)
+        state.validator = _validator(job, model.spec, backbone, root, device, linear_map, corpus, tower)
     return Prepared(job, model, backbone, learner, state, linear_map)
 
 
@@ -206,21 +218,35 @@ def mean_text(captions: Captions, text_embeddings: np.ndarray) -> np.ndarray:
     return np.stack([text_embeddings[numbers].mean(axis=0) for numbers in captions.text_numbers])
 
 
+@dataclass(frozen=True)
+class Views:
+    """How many views of each image, and their seed."""
+
+    num: int
+    seed: int
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
 def _open_tokens(
-    images: str, index: str, spec: ModelSpec, backbone: Backbone, cache_dir: Path, device: torch.device, *, cache: bool
-) -> TokenSource:
+    images: str, index: str, spec: ModelSpec, backbone: Backbone, cache_dir: Path, device: torch.device, *, cache: bool,
+    views: Views | None = None,
+) -> TokenSource:  # fmt: skip
     if bool(images) == bool(index):
         raise ConfigError("give the images either as --images CORPUS or as --raw-index INDEX, one of the two")
     if index:
+        if views is not None:
+            raise ConfigError("an index of raw tokens holds each image as it is; views above 1 need --images")
         kind = str(spec.backbone.options.get("embedding", ""))
         return IndexTokens(Index.open(index), spec.backbone.width, spec.backbone.num_vision_tokens, kind)
-    source = ImageTokens(images, backbone, device=str(device))
+    source = ImageTokens(
+        images, backbone, device=str(device), augmentation=views.augmentation if views else None,
+        seed=views.seed if views else 0,
+    )  # fmt: skip
     if not cache:
         return source
-    fingerprint = fingerprint_of(
-        [spec.backbone.fingerprint, spec.preprocess.fingerprint, images, list(source.image_ids)]
-    )
-    return cache_tokens(source, cache_dir, fingerprint)
+    described: list[Any] = [spec.backbone.fingerprint, spec.preprocess.fingerprint, images, list(source.image_ids)]
+    described.append(asdict(views) if views else None)
+    return cache_tokens(source, cache_dir, fingerprint_of(described), views.num if views else 1)
 
 
 def _first_stage(

@@ -27,10 +27,12 @@ class PairBatch:
     """(G,) int64, positions in the corpus."""
     texts: np.ndarray
     """(G,) int64, positions in `Captions.texts`."""
+    views: np.ndarray
+    """(G,) int64, which view of each image; 0 is the image as it is."""
 
     def part(self, number: int, of: int) -> PairBatch:
         """Every `of`-th pair from `number` on: a worker's or a micro-batch's share."""
-        return PairBatch(self.images[number::of], self.texts[number::of])
+        return PairBatch(self.images[number::of], self.texts[number::of], self.views[number::of])
 
 
 def nearest_texts(embeddings: np.ndarray, num: int = NUM_NEIGHBOURS) -> np.ndarray:
@@ -46,12 +48,39 @@ def nearest_texts(embeddings: np.ndarray, num: int = NUM_NEIGHBOURS) -> np.ndarr
     return nearest
 
 
+def confused_texts(
+    text_embeddings: np.ndarray, image_embeddings: np.ndarray, captions: Captions, num: int = NUM_NEIGHBOURS
+) -> np.ndarray:
+    """Texts whose images the first stage takes for a text's own: what the joint encoder will have to tell apart.
+
+    Args:
+        text_embeddings: unit float32 (T, C).
+        image_embeddings: (n, C), of the first stage.
+        captions: the corpus; an image stands for its first caption.
+        num: images looked at for each text.
+
+    Returns:
+        int32 (T, min(num, n)). A text's own name can be among them; the sampler leaves seen images out.
+    """
+    first = np.array([int(numbers[0]) for numbers in captions.text_numbers], np.int32)
+    num = min(num, len(first) - 1)
+    found = np.empty((len(text_embeddings), num), np.int32)
+    for start in range(0, len(text_embeddings), CHUNK_ROWS):
+        scores = text_embeddings[start : start + CHUNK_ROWS] @ image_embeddings.T
+        found[start : start + CHUNK_ROWS] = first[np.argpartition(-scores, num - 1, axis=1)[:, :num]]
+    return found
+
+
 class PairSampler:
     """See the module docstring."""
 
-    def __init__(self, captions: Captions, seed: int, neighbours: np.ndarray | None = None) -> None:
-        """Args: captions: the corpus. seed: of the run. neighbours: from `nearest_texts`, where a phase wants them."""
+    def __init__(
+        self, captions: Captions, seed: int, neighbours: np.ndarray | None = None, *, num_views: int = 1
+    ) -> None:
+        """Args: captions: the corpus. seed: of the run. neighbours: (T, K) texts near each text, where a phase wants
+        them: from `nearest_texts` and `confused_texts`. num_views: of each image."""
         self.captions = captions
+        self.num_views = num_views
         self.seed = seed
         self.neighbours = neighbours
         self._images_of_text: list[list[int]] = [[] for _ in captions.texts]
@@ -79,7 +108,9 @@ class PairSampler:
         seen = set(images)
         self._add_neighbours(images, texts, seen, num_near, phase, rng)
         order = rng.permutation(len(images))
-        return PairBatch(np.array(images, np.int64)[order], np.array(texts, np.int64)[order])
+        # A stream of its own: with one view or eight, the same pairs are drawn.
+        views = np.random.default_rng([self.seed, phase_number, step, 2]).integers(self.num_views, size=len(images))
+        return PairBatch(np.array(images, np.int64)[order], np.array(texts, np.int64)[order], views)
 
     def _add_neighbours(
         self, images: list[int], texts: list[int], seen: set[int], num: int, phase: Phase, rng: np.random.Generator

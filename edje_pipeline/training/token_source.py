@@ -6,7 +6,9 @@ that `cache_tokens` writes, an epoch costs no vision forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -21,8 +23,10 @@ from edje_pipeline.storage.arrow import numpy_from_fixed_binary
 from edje_pipeline.storage.index import Index
 from edje_pipeline.storage.location import Location, fsync_dir
 from edje_pipeline.storage.sources import SourceOptions, open_source, read_images
+from edje_pipeline.training.augment import Augmentation, augment
 
 BATCH_IMAGES = 64
+DECODE_THREADS = 8
 
 
 class TokenSource(Protocol):
@@ -33,8 +37,14 @@ class TokenSource(Protocol):
 
     image_ids: Sequence[str]
 
-    def tokens(self, positions: np.ndarray) -> np.ndarray:
-        """(n,) int64 -> (n, N, D) float16 or float32."""
+    def tokens(self, positions: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        """(n,) int64 -> (n, N, D) float16 or float32.
+
+        Args:
+            positions: which images.
+            views: (n,) int64, which view of each; view 0, the default, is the image as it is. A source
+                without views gives every image as it is.
+        """
 
     def pooled(self, positions: np.ndarray) -> np.ndarray | None:
         """(n,) -> the backbone's pooled vectors before any map or normalisation, float32 (n, R); None: not known."""
@@ -60,7 +70,8 @@ class IndexTokens:
         self._pooling = pooling
         self._width = backbone_width
 
-    def tokens(self, positions: np.ndarray) -> np.ndarray:
+    def tokens(self, positions: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        del views
         return self.index.tokens([self.image_ids[int(position)] for position in positions])
 
     def pooled(self, positions: np.ndarray) -> np.ndarray | None:
@@ -83,28 +94,40 @@ class IndexTokens:
 class ImageTokens:
     """The images themselves, through the backbone every time they are asked for."""
 
-    def __init__(self, corpus: str, backbone: Backbone, *, kind: str = "auto", device: str = "cpu") -> None:
-        """Args: corpus, kind: as for extraction. backbone: frozen. device: where it runs."""
+    def __init__(
+        self,
+        corpus: str,
+        backbone: Backbone,
+        *,
+        kind: str = "auto",
+        device: str = "cpu",
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Args: corpus, kind: as for extraction. backbone: frozen. device: where it runs. augmentation: how views
+        above 0 differ. seed: of the views."""
         source = open_source(corpus, kind, options=SourceOptions())
         self._listing = pa.Table.from_batches(list(source.list_batches()))
         self._source = source.to_dict()
         self.image_ids: Sequence[str] = self._listing.column("image_id").to_pylist()
         self._backbone = backbone.to(device)
         self._device = torch.device(device)
+        self._augmentation = augmentation or Augmentation()
+        self._seed = seed
 
-    def tokens(self, positions: np.ndarray) -> np.ndarray:
-        return self.both(positions)[0]
+    def tokens(self, positions: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        return self.encode(self.pixels(positions), positions, views)[0]
 
     def pooled(self, positions: np.ndarray) -> np.ndarray | None:
         parts = [
-            self.both(positions[start : start + BATCH_IMAGES])[1] for start in range(0, len(positions), BATCH_IMAGES)
+            self.encode(self.pixels(chunk), chunk)[1]
+            for chunk in (positions[start : start + BATCH_IMAGES] for start in range(0, len(positions), BATCH_IMAGES))
         ]
         found = [part for part in parts if part is not None]
         return np.concatenate(found) if len(found) == len(parts) and found else None
 
-    @torch.inference_mode()
-    def both(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens and pooled vectors of one pass.
+    def pixels(self, positions: np.ndarray) -> np.ndarray:
+        """Decoded and resized images, uint8 (n, H, W, 3).
 
         Raises:
             InputFileError: an image cannot be read or decoded; names it and why.
@@ -121,10 +144,38 @@ class ImageTokens:
                     "fix it, remove it, or train from an index, which leaves such images out"
                 )
         height, width = self._backbone.preprocess.image_size
-        pixels = numpy_from_fixed_binary(decoded["pixels"]).reshape(-1, height, width, 3)
-        values = self._backbone.normalise(torch.from_numpy(pixels.copy()).to(self._device))
-        tokens, pooled = self._backbone.trunk(values.to(self._backbone.dtype))
+        return numpy_from_fixed_binary(decoded["pixels"]).reshape(-1, height, width, 3)
+
+    @torch.inference_mode()
+    def encode(
+        self, pixels: np.ndarray, positions: np.ndarray, views: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens (n, N, D) float16 and pooled vectors (n, R) of one pass through the backbone."""
+        values = torch.from_numpy(pixels.copy()).to(self._device)
+        changed = np.flatnonzero(views) if views is not None else np.empty(0, np.int64)
+        if len(changed):
+            assert views is not None
+            keys = [[self._seed, int(views[place]), int(positions[place])] for place in changed]
+            place_t = torch.from_numpy(changed).to(self._device)
+            values[place_t] = augment(values[place_t], self._augmentation.draw(keys), self._augmentation)
+        normalised = self._backbone.normalise(values)
+        tokens, pooled = self._backbone.trunk(normalised.to(self._backbone.dtype))
         return tokens.half().cpu().numpy(), None if pooled is None else pooled.float().cpu().numpy()
+
+    def decoded_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(positions, pixels) of all images in order; some batches are decoded ahead, in threads."""
+        total = len(self.image_ids)
+        chunks = [np.arange(start, min(start + BATCH_IMAGES, total)) for start in range(0, total, BATCH_IMAGES)]
+        with ThreadPoolExecutor(DECODE_THREADS) as pool:
+            ahead: deque[tuple[np.ndarray, Future[np.ndarray]]] = deque()
+            for chunk in chunks:
+                ahead.append((chunk, pool.submit(self.pixels, chunk)))
+                if len(ahead) > DECODE_THREADS:
+                    first, future = ahead.popleft()
+                    yield first, future.result()
+            while ahead:
+                first, future = ahead.popleft()
+                yield first, future.result()
 
 
 class CachedTokens:
@@ -136,20 +187,21 @@ class CachedTokens:
         path = directory / "pooled.npy"
         self._pooled = np.load(path, mmap_mode="r") if path.exists() else None
 
-    def tokens(self, positions: np.ndarray) -> np.ndarray:
-        return np.asarray(self._tokens[positions])
+    def tokens(self, positions: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        return np.asarray(self._tokens[0 if views is None else views % len(self._tokens), positions])
 
     def pooled(self, positions: np.ndarray) -> np.ndarray | None:
         return None if self._pooled is None else np.asarray(self._pooled[positions])
 
 
-def cache_tokens(source: ImageTokens, directory: Path, fingerprint: str) -> CachedTokens:
-    """Passes every image through the backbone once and keeps the tokens as float16 in `directory`.
+def cache_tokens(source: ImageTokens, directory: Path, fingerprint: str, num_views: int = 1) -> CachedTokens:
+    """Passes every image through the backbone once a view and keeps the tokens as float16 in `directory`.
 
     Args:
         source: the images.
         directory: kept and used again while `fingerprint` is the same.
-        fingerprint: of backbone, preprocessing and list of images.
+        fingerprint: of backbone, preprocessing, list of images and views.
+        num_views: V; the file holds (V, n, N, D).
     """
     marker = directory / "fingerprint"
     if marker.exists() and marker.read_text() == fingerprint:
@@ -161,15 +213,16 @@ def cache_tokens(source: ImageTokens, directory: Path, fingerprint: str) -> Cach
         raise ConfigError("the corpus has no image to train on")
     pooled_parts: list[np.ndarray] = []
     tokens: np.ndarray | None = None
-    for start in range(0, total, BATCH_IMAGES):
-        part, pooled = source.both(np.arange(start, min(start + BATCH_IMAGES, total)))
-        if tokens is None:
-            tokens = np.lib.format.open_memmap(
-                directory / "tokens.npy", mode="w+", dtype=np.float16, shape=(total, *part.shape[1:])
-            )
-        tokens[start : start + len(part)] = part
-        if pooled is not None:
-            pooled_parts.append(pooled)
+    for positions, pixels in source.decoded_batches():
+        for view in range(num_views):
+            part, pooled = source.encode(pixels, positions, np.full(len(positions), view))
+            if tokens is None:
+                tokens = np.lib.format.open_memmap(
+                    directory / "tokens.npy", mode="w+", dtype=np.float16, shape=(num_views, total, *part.shape[1:])
+                )
+            tokens[view, positions] = part
+            if pooled is not None and view == 0:
+                pooled_parts.append(pooled)
     assert isinstance(tokens, np.memmap)
     tokens.flush()
     (directory / "pooled.npy").unlink(missing_ok=True)

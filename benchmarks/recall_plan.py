@@ -1,0 +1,273 @@
+"""Trains the models of the recall tables and evaluates each: artists never trained on, concepts never trained on,
+photographs; numbers of tokens, codecs, parts of the objective.
+
+    python -m benchmarks.recall_plan --emoji DIR --photos DIR --dino FILE --bert DIR --work DIR --plan explore
+
+--emoji holds train.tar and val.tar (recipes/emoji_corpus.py makes them), --photos images/, train.jsonl and
+val.jsonl, --dino a safetensors file of timm's vit_small_patch14_dinov2, --bert a Hugging Face BERT
+directory. Runs of one stage share the device, `--workers` at a time. WORK/results/RUN.json appears as each ends;
+`python -m benchmarks.recall_tables WORK/results` makes the tables. What is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.recall_runs import HELD_OUT_ARTIST, Plans, Run
+from edje_pipeline.models.assemble import BackboneSource, ModelParts, make_model
+from edje_pipeline.models.checkpoint import save_model
+from edje_pipeline.models.tensor_files import read_tensors, write_tensors
+from edje_pipeline.pipeline.evaluate import EvaluateConfig, run_evaluate
+from edje_pipeline.pipeline.extract import ExtractConfig, run_extract
+from edje_pipeline.pipeline.runner import ExecutorOptions
+from edje_pipeline.training.collective import Collective
+from edje_pipeline.training.run import TrainJob, prepare, train
+
+FUSION_WEIGHTS = (0.0, 5.0, 10.0, 20.0, 40.0)
+ADAPTER_MLP = 2048
+KEYWORDS = 6
+ARTISTS = ("emojione", "fluent", "noto", "openmoji", "twemoji")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where everything lies."""
+
+    emoji: Path
+    photos: Path | None
+    dino: Path
+    bert: Path
+    work: Path
+
+
+def write_captions(inputs: Inputs) -> None:
+    """Caption files, and the held-out artist's drawings as a tar of their own."""
+    folder = inputs.work / "captions"
+    if (folder / "done").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {split: _read_tar(inputs.emoji / f"{split}.tar") for split in ("train", "val")}
+    chosen = {
+        "artists5": rows["train"],
+        "artists4": [row for row in rows["train"] if row["style"] != HELD_OUT_ARTIST],
+        "artist": [row for row in rows["train"] if row["style"] == HELD_OUT_ARTIST],
+        "val": rows["val"],
+    }
+    for name, part in chosen.items():
+        lines = [json.dumps({"image_id": row["id"], "captions": _captions(row)}) + "\n" for row in part]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    keep = {row["id"].rsplit(".", 1)[0] for row in chosen["artist"]}
+    with tarfile.open(inputs.emoji / "train.tar") as source, tarfile.open(folder / "artist.tar", "w") as target:
+        for member in source:
+            if member.name.rsplit(".", 1)[0] in keep:
+                target.addfile(member, source.extractfile(member))
+    (folder / "done").write_text("")
+
+
+def _read_tar(path: Path) -> list[dict[str, Any]]:
+    found = []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.name.endswith(".json"):
+                data = archive.extractfile(member)
+                assert data is not None
+                found.append({**json.load(data), "id": member.name.removesuffix(".json")})
+    return found
+
+
+def _captions(row: dict[str, Any]) -> list[str]:
+    return [row["name"], f"{row['name']}, {', '.join(row['keywords'][:KEYWORDS])}"]
+
+
+def bert_of(inputs: Inputs, num_layers: int) -> Path:
+    """The BERT directory with its first layers only."""
+    target = inputs.work / f"bert-{num_layers}"
+    if (target / "done").exists():
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    config = json.loads((inputs.bert / "config.json").read_text()) | {"num_hidden_layers": num_layers}
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "tokenizer.json").write_bytes((inputs.bert / "tokenizer.json").read_bytes())
+    tensors = read_tensors(inputs.bert / "model.safetensors")
+    kept = {name: value.float() for name, value in tensors.items() if _layer_of(name) < num_layers}
+    write_tensors(target / "model.safetensors", kept)
+    (target / "done").write_text("")
+    return target
+
+
+def _layer_of(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[parts.index("layer") + 1]) if "layer" in parts else -1
+
+
+def start_of(inputs: Inputs, run: Run) -> Path:
+    """The untrained start of a run."""
+    target = inputs.work / "starts" / f"{run.tokens}-{run.image_size}-{run.num_layers}"
+    if (target / "config.json").exists():
+        return target
+    source = BackboneSource(
+        f"timm:vit_small_patch14_dinov2?img_size={run.image_size}&embedding=cls_mean", weights=str(inputs.dino)
+    )
+    parts = ModelParts(
+        joint_encoder=bert_of(inputs, run.num_layers), sentence_encoder=bert_of(inputs, 6),
+        num_compressed_tokens=None if run.tokens == "local" else int(run.tokens), adapter_mlp_dim=ADAPTER_MLP,
+    )  # fmt: skip
+    made = make_model(target.with_name(f"{target.name}-crop"), target.name, source, parts)
+    # timm's DINOv2 crops to 87.5 %, which cuts off what a drawing shows at its edges.
+    squashed = replace(made.spec.preprocess, resize_mode="squash", crop_pct=1.0)
+    files = {part: made.path / f"{part}.safetensors" for part in ("backbone", "adapter", "joint_encoder", "text_tower")}
+    save_model(target, replace(made.spec, preprocess=squashed), tokenizer=made.path / "tokenizer.json", **files)  # type: ignore[arg-type]
+    return target
+
+
+def job_of(inputs: Inputs, run: Run) -> TrainJob:
+    """What `train` is told."""
+    out, captions = inputs.work / "runs" / run.name, inputs.work / "captions"
+    model = inputs.work / "runs" / run.start / "model" if run.start else start_of(inputs, run)
+    teacher = str(inputs.work / "runs" / run.teacher / "model") if run.teacher else ""
+    cache = inputs.work / "cache" / f"{run.data.rstrip('45')}-{run.image_size}-{run.recipe.views}"
+    common: dict[str, Any] = {"model": str(model), "out": str(out), "recipe": run.recipe, "teacher": teacher,
+                              "cache_dir": str(cache), "name": run.name}  # fmt: skip
+    if run.data == "photos":
+        assert inputs.photos is not None
+        images = str(inputs.photos / "images")
+        return TrainJob(captions=(str(inputs.photos / "train.jsonl"),), images=images,
+                        val_captions=(str(inputs.photos / "val.jsonl"),), **common)  # fmt: skip
+    validate = ("artist.jsonl", "") if run.data == "artists4" else ("val.jsonl", str(inputs.emoji / "val.tar"))
+    return TrainJob(captions=(str(captions / f"{run.data}.jsonl"),), images=str(inputs.emoji / "train.tar"),
+                    val_captions=(str(captions / validate[0]),), val_images=validate[1], **common)  # fmt: skip
+
+
+def tests_of(inputs: Inputs, run: Run) -> dict[str, tuple[str, str, str]]:
+    """Test sets: name -> (images, captions, pattern of image_ids)."""
+    captions = inputs.work / "captions"
+    if run.data == "photos":
+        assert inputs.photos is not None
+        return {"photos": (str(inputs.photos / "images"), str(inputs.photos / "val.jsonl"), "")}
+    val = (str(inputs.emoji / "val.tar"), str(captions / "val.jsonl"))
+    found = {f"concepts-{artist}": (*val, f"{artist}-*") for artist in ARTISTS}
+    if run.data == "artists4":
+        found["artist"] = (str(captions / "artist.tar"), str(captions / "artist.jsonl"), "")
+    return found
+
+
+def measure(inputs: Inputs, run: Run) -> dict[str, Any]:
+    """Trains, extracts the test images with each codec, evaluates; returns what WORK/results keeps."""
+    begun = time.monotonic()
+    result = train(job_of(inputs, run), report=_say)
+    trained = time.monotonic()
+    model, rows = result.model, []
+    indexes: dict[tuple[str, str], str] = {}
+    for test, (images, captions, include) in tests_of(inputs, run).items():
+        for codec in ("local",) if run.tokens == "local" else run.codecs:
+            if (images, codec) not in indexes:
+                index = inputs.work / "runs" / run.name / f"index-{Path(images).stem}-{codec}"
+                options = ExecutorOptions(executor="local")
+                run_extract(ExtractConfig(corpus=images, index=str(index), model=model, variant=codec, executor=options,
+                                          quiet=True))  # fmt: skip
+                indexes[(images, codec)] = str(index)
+            found = run_evaluate(EvaluateConfig(
+                index=indexes[(images, codec)], captions=(captions,), include=include, directions=("t2i",),
+                pool_sizes=run.pools, fusion_weights=FUSION_WEIGHTS, first_caption=run.data != "photos",
+            ))  # fmt: skip
+            rows += [{"test": test, "codec": codec, "texts": found.num_texts, "images": found.num_images, **asdict(row)}
+                     for row in found.rows]  # fmt: skip
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"run": asdict(run), "rows": rows, "train_s": trained - begun, "test_s": time.monotonic() - trained,
+            "device": device, "torch": torch.__version__, "last": result.last}  # fmt: skip
+
+
+def _say(record: dict[str, Any]) -> None:
+    print(json.dumps(record), flush=True)
+
+
+def run_all(options: argparse.Namespace, inputs: Inputs, runs: list[Run]) -> int:
+    """Stage by stage, each run in a process of its own; returns the number of failed runs."""
+    results, logs = inputs.work / "results", inputs.work / "logs"
+    for folder in (results, logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + options.limit_s
+    failed: list[str] = []
+
+    def one(run: Run) -> None:
+        if (results / f"{run.name}.json").exists():
+            return
+        left = deadline - time.monotonic()
+        needs = [name for name in (run.teacher, run.start) if name]
+        if left < 20 or any(name in failed for name in needs):
+            failed.append(run.name)
+            return
+        command = [sys.executable, "-m", "benchmarks.recall_plan", *sys.argv[1:], "--one", run.name]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (logs / f"{run.name}.log").open("w") as log:
+            try:
+                code = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment, timeout=left)
+                is_bad = code.returncode != 0
+            except subprocess.TimeoutExpired:
+                is_bad = True
+        if is_bad:
+            failed.append(run.name)
+            print(f"{run.name} FAILED; {logs / run.name}.log ends: {(logs / f'{run.name}.log').read_text()[-1500:]}")
+        else:
+            print(f"{run.name} done, {deadline - time.monotonic():.0f} s left", flush=True)
+
+    for stage in sorted({run.stage for run in runs}):
+        with ThreadPoolExecutor(options.workers) as pool:
+            list(pool.map(one, [run for run in runs if run.stage == stage]))
+    return len(failed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("emoji", "dino", "bert", "work"):
+        parser.add_argument(f"--{name}", required=True, type=Path)
+    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--plan", required=True, choices=sorted(Plans().plans))
+    parser.add_argument("--only", nargs="+", help="these runs alone")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--limit-s", type=float, default=1e9, help="no run goes on after this")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    inputs = Inputs(options.emoji, options.photos, options.dino, options.bert, options.work)
+    runs = Plans().plans[options.plan]
+    if options.one:
+        run = next(run for run in runs if run.name == options.one)
+        found = measure(inputs, run)
+        target = inputs.work / "results" / f"{run.name}.json"
+        target.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n")
+        target.with_suffix(".tmp").rename(target)
+        return 0
+    runs = [run for run in runs if not options.only or run.name in options.only]
+    write_captions(inputs)
+    fill_caches(inputs, runs)
+    return run_all(options, inputs, runs)
+
+
+def fill_caches(inputs: Inputs, runs: list[Run]) -> None:
+    """Starts and token caches, once, so that the runs' processes need not wait for each other."""
+    seen = set()
+    for run in runs:
+        if not run.start:
+            start_of(inputs, run)
+        key = (run.data.rstrip("45"), run.image_size, run.recipe.views)
+        if key not in seen and not run.start and not run.teacher:
+            seen.add(key)
+            begun = time.monotonic()
+            prepare(job_of(inputs, run), Collective())
+            print(f"tokens of {key}: {time.monotonic() - begun:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
