@@ -74,7 +74,9 @@ class TextTokens:
         return self.ids[positions].astype(np.int64)
 
 
-def length_batches(lengths: np.ndarray, max_tokens: int, num_image_tokens: int) -> Iterator[tuple[int, int, int]]:
+def length_batches(
+    lengths: np.ndarray, max_tokens: int, num_image_tokens: int, *, few_sizes: bool = False
+) -> Iterator[tuple[int, int, int]]:
     """Cuts pairs that are sorted by text length into batches of one length.
 
     A length's pairs are spread evenly over as few batches as the limit allows: 33 pairs at a limit
@@ -84,6 +86,8 @@ def length_batches(lengths: np.ndarray, max_tokens: int, num_image_tokens: int) 
         lengths: int (n,), ascending.
         max_tokens: of one batch, text and image tokens together; one pair always fits.
         num_image_tokens: M.
+        few_sizes: full batches, then powers of two. oneDNN compiles and keeps code for every shape it meets:
+            half a gigabyte with every size a run can have.
 
     Yields:
         (start, stop, length)
@@ -95,8 +99,13 @@ def length_batches(lengths: np.ndarray, max_tokens: int, num_image_tokens: int) 
     for first, last in zip(starts.tolist(), stops.tolist(), strict=True):
         length = int(lengths[first])
         most = max(1, max_tokens // (length + num_image_tokens + 1))
-        num_batches = -(-(last - first) // most)
-        edges = np.linspace(first, last, num_batches + 1).astype(np.int64).tolist()
+        if few_sizes:
+            num_full, rest = divmod(last - first, most)
+            sizes = [most] * num_full + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+            edges = [first, *(first + np.cumsum(sizes)).tolist()]
+        else:
+            num_batches = -(-(last - first) // most)
+            edges = np.linspace(first, last, num_batches + 1).astype(np.int64).tolist()
         for start, stop in itertools.pairwise(edges):
             yield start, stop, length
 
@@ -207,7 +216,11 @@ class PairScorer:
         """As `score`, without waiting for a GPU: it works through its queue while the caller does other things."""
         lengths = texts.lengths[text_index]
         order = np.lexsort((image_index, lengths))
-        batches = list(length_batches(lengths[order], self.batch_tokens, self.codec.num_tokens))
+        batches = list(
+            length_batches(
+                lengths[order], self.batch_tokens, self.codec.num_tokens, few_sizes=self.device.type == "cpu"
+            )
+        )
         images = image_index[order].astype(np.int64)
         # Decoding and embedding depend on the image and the length alone: once per image of a batch.
         used, which, edges = distinct_of_batches(images, [start for start, _, _ in batches])

@@ -73,6 +73,17 @@ def test_length_batches(lengths: list[int], max_tokens: int, expected: list[tupl
     assert list(length_batches(np.array(lengths, np.int64), max_tokens, 4)) == expected
 
 
+def test_length_batches_of_few_sizes() -> None:
+    cut = list(length_batches(np.array([3] * 11 + [5] * 8), 32, 4, few_sizes=True))  # 4 and 3 a batch
+    assert cut == [(0, 4, 3), (4, 8, 3), (8, 10, 3), (10, 11, 3), (11, 14, 5), (14, 17, 5), (17, 19, 5)]
+    sizes = {
+        stop - start
+        for number in range(1, 500)
+        for start, stop, _ in length_batches(np.full(number, 3), 2048, 4, few_sizes=True)
+    }
+    assert sizes == {256, 128, 64, 32, 16, 8, 4, 2, 1}  # whatever the number of pairs
+
+
 def test_precision_follows_the_device() -> None:
     assert resolve_precision(None, torch.device("cpu")) == "float32"
     assert resolve_precision("bfloat16", torch.device("cpu")) == "bfloat16"
