@@ -23,10 +23,8 @@ from edje_pipeline.models.adapter import CompressedAdapter, LatentAttention, Tok
 from edje_pipeline.models.joint_encoder import IMAGE_TYPE, TEXT_TYPE, JointEncoder
 from edje_pipeline.models.tokenizer import Tokenizer
 
-MAX_PREFIX_TOKENS = 16
-"""[CLS] and register tokens that may stand before the patches; published backbones have up to 9."""
-MAX_PATCH_RATIO = 1.34
-"""A patch may be this much longer than wide: feature maps round a size up that their stride does not divide."""
+MAX_PREFIX_TOKENS = 9
+"""[CLS] and register tokens that may stand before the patches; published backbones have up to that many."""
 CONTINUATION = "##"
 PAIRS_AT_ONCE = 32
 
@@ -128,17 +126,27 @@ class Grid:
 def patch_grid(num_tokens: int, image_size: tuple[int, int]) -> Grid | None:
     """The grid of N vision tokens over an image of (height, width) pixels; None when they form none.
 
-    Patches are about square. The fewest prefix tokens win, since the backbones here drop them already.
+    Patches are square, with one stride down and across; where it does not divide a side, patch embeddings
+    round down and feature maps up. The fewest prefix tokens win, since the backbones here drop them already.
     """
     height, width = image_size
     for num_prefix in range(min(MAX_PREFIX_TOKENS, num_tokens - 1) + 1):
         num_patches = num_tokens - num_prefix
-        grids = [(rows, num_patches // rows) for rows in range(1, num_patches + 1) if num_patches % rows == 0]
-        ratios = [abs(math.log((height / rows) / (width / columns))) for rows, columns in grids]
-        best = min(range(len(grids)), key=ratios.__getitem__)
-        if ratios[best] <= math.log(MAX_PATCH_RATIO):
-            return Grid(*grids[best], num_prefix)
+        pairs = [(rows, num_patches // rows) for rows in range(1, num_patches + 1) if num_patches % rows == 0]
+        fitting = [(rows, columns) for rows, columns in pairs if _has_stride(height, rows, width, columns)]
+        if fitting:
+            rows, columns = min(fitting, key=lambda pair: abs(math.log(height * pair[1] / (width * pair[0]))))
+            return Grid(rows, columns, num_prefix)
     return None
+
+
+def _has_stride(height: int, rows: int, width: int, columns: int) -> bool:
+    """Whether some stride cuts the height into `rows` and the width into `columns`, rounded the same way."""
+    low, high = max(height / (rows + 1), width / (columns + 1)), min(height / rows, width / columns)
+    rounds_down = low < high
+    low = max(height / rows, width / columns)
+    high = min(side / (num - 1) if num > 1 else math.inf for side, num in ((height, rows), (width, columns)))
+    return rounds_down or low < high
 
 
 def over_grid(weights: Tensor, grid: Grid) -> Tensor:

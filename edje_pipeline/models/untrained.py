@@ -30,7 +30,7 @@ def _as_torch_creates(adapter: TokenAdapter) -> bool:
         return bool((norm.weight == 1).all()) and not any(bool(values.any()) for values in zeros)
     layers = [module for module in adapter.modules() if isinstance(module, torch.nn.Linear)]
     return all(
-        float(values.abs().max()) <= 1 / math.sqrt(layer.in_features)
+        float(values.detach().abs().max()) <= 1 / math.sqrt(layer.in_features)
         for layer in layers
         for values in (layer.weight, layer.bias)
     )

@@ -146,7 +146,8 @@ def run_explain(config: ExplainConfig) -> ExplainResult:
             continue
         reading, maps = found
         if target is not None:
-            picture = to_picture(reading, seen.pixels, maps, model=model.spec.name, text=config.text)
+            name = model.spec.name + (" (random weights)" if reader.is_untrained else "")
+            picture = to_picture(reading, seen.pixels, maps, model=name, text=config.text)
             target.write_bytes(draw(picture))
             reading = replace(reading, picture=str(target))
         images.append(reading)
@@ -174,7 +175,7 @@ def to_picture(
         model: its name.
         text: that the reading's logit is about.
     """
-    lines = [f"{reading.image}    {model}, {len(reading.tokens)} tokens"]
+    lines = [f"{posixpath.basename(reading.image.rstrip('/'))}    {model}, {len(reading.tokens)} tokens"]
     if reading.logit is not None:
         lines.append(f'"{text}": logit {reading.logit:.2f}')
     panels = tuple(

@@ -23,10 +23,14 @@ TITLE_SIZE, HEAD_SIZE, DETAIL_SIZE = 17, 15, 13
 PAPER, INK, GREY = (255, 255, 255), (20, 20, 20), (105, 105, 105)
 FOR, AGAINST = (0, 120, 60), (180, 40, 30)
 WARM, HOT = (235, 95, 20), (255, 240, 150)
-GROUND = (20.0, 105.0)
+OPACITY = 0.8
+"""Of the brightest patch: what is below it stays visible."""
+GROUND = (25.0, 115.0)
 """Brightness that black and white of the image keep below the shade: below WARM's, so that shade is always brighter."""
 MIN_ASPECT_COLUMNS = 1.4
 CELL_WIDTH, CELL_HEIGHT = 74, 40
+PALE = 0.35
+"""What is left of the colours below the words of a local adapter."""
 MIN_COLUMNS = 3
 
 
@@ -80,7 +84,7 @@ def overlay(pixels: np.ndarray, weights: np.ndarray, size: tuple[int, int]) -> I
     amount = np.asarray(patches, np.float32)[..., None]
     warm, hot = np.array(WARM, np.float32), np.array(HOT, np.float32)
     colour = warm + (hot - warm) * amount
-    mixed = grey * (1 - amount) + colour * amount
+    mixed = grey * (1 - OPACITY * amount) + colour * OPACITY * amount
     return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
 
@@ -106,7 +110,7 @@ def draw_panels(picture: Picture) -> Image.Image:
         image = drawings[0][0] if panel.weights is None else overlay(picture.pixels, panel.weights, size)
         drawings.append((image, panel.change))
         heads.append((f"{panel.number}  {panel.words[0] if panel.words else '-'}", ", ".join(panel.words[1:])))
-    columns = min(len(drawings), max(MIN_COLUMNS, round(math.sqrt(len(drawings) * MIN_ASPECT_COLUMNS))))
+    columns = _num_columns(len(drawings))
     rows = math.ceil(len(drawings) / columns)
     cell = size[0] + GAP, size[1] + 2 * LINE + GAP
     top = MARGIN + LINE * len(picture.title) + GAP // 2
@@ -125,6 +129,12 @@ def draw_panels(picture: Picture) -> Image.Image:
     return sheet
 
 
+def _num_columns(num: int) -> int:
+    """Wider than high, with the last row as full as it can be."""
+    about = max(MIN_COLUMNS, round(math.sqrt(num * MIN_ASPECT_COLUMNS)))
+    return min(num, min(range(about, about + 3), key=lambda columns: -num % columns))
+
+
 def draw_cells(picture: Picture) -> Image.Image:
     """The image, dimmed, with each patch's word on it; the colour of a word says what it does to the text's logit."""
     assert picture.grid is not None
@@ -136,7 +146,7 @@ def draw_cells(picture: Picture) -> Image.Image:
     sheet = Image.new("RGB", (size[0] + 2 * MARGIN, size[1] + top + MARGIN), PAPER)
     dim = np.asarray(Image.fromarray(np.ascontiguousarray(picture.pixels)).resize(size, Image.Resampling.BICUBIC))
     # Paler rather than darker: dark words are easier to read than bright ones.
-    sheet.paste(Image.fromarray((255 - (255 - dim.astype(np.float32)) * 0.45).astype(np.uint8)), (MARGIN, top))
+    sheet.paste(Image.fromarray((255 - (255 - dim.astype(np.float32)) * PALE).astype(np.uint8)), (MARGIN, top))
     pen = Pen(sheet)
     _write_title(pen, picture.title)
     for panel in picture.panels[: rows * columns]:
