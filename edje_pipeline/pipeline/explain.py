@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edje_pipeline.errors import ConfigError
+from edje_pipeline.errors import ConfigError, ModelError
 from edje_pipeline.models.checkpoint import ModelDirectory, open_model
 from edje_pipeline.models.joint_encoder import JointEncoder
 from edje_pipeline.models.spec import PreprocessSpec
@@ -85,6 +85,8 @@ class TokenReader:
         self.vocabulary: Vocabulary = readable_vocabulary(
             self.tokenizer, self.encoder.word_embeddings.weight, pieces=pieces
         )
+        if not self.vocabulary.words:
+            raise ModelError(f"the vocabulary of model {model.spec.name!r} has no readable word; try --pieces")
 
     def chance_cosine(self) -> float:
         """The cosine that 1 - `CHANCE_QUANTILE` of random directions exceed with their nearest word."""

@@ -86,7 +86,10 @@ def test_letters_without_a_glyph_are_written_as_code_points_and_long_words_cut()
     assert (drawn[:, -16:] == 255).all()
 
 
-def reading(num: int = 3, *, peak: Peak | None = Peak(12, 14, 0.31, 60.8), change: float | None = None) -> ImageReading:
+PEAK = Peak(12, 14, 0.31, 60.8)
+
+
+def reading(num: int = 3, *, peak: Peak | None = PEAK, change: float | None = None) -> ImageReading:
     words = (Word("apple", 0.5), *(Word("internationalisation", 0.31) for _ in range(5)))
     tokens = tuple(TokenReading(number + 1, words, peak, change) for number in range(num))
     return ImageReading("a/very/long/path/" * 6 + "cat.jpg", 196, (14, 14), tokens, None if change is None else 2.5)
