@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,14 +15,12 @@ from typing import Any
 
 from PIL import Image
 
+from edje_pipeline.pipeline.openmoji import CHOOSE_BUCKETS, TRAIN_BUCKETS, concept_key, split_bucket
+from edje_pipeline.pipeline.openmoji import slug as plain_slug
+
 PARTS = ("train", "val")
 LEFT_OUT_GROUPS = ("flags", "component", "extras-openmoji", "extras-unicode")
 """Flags and modifiers show no thing; OpenMoji's own extras (brands, interface symbols) no other artist has."""
-
-VARIATION_SELECTOR = "FE0F"
-JOINER_AND_GENDER = ("200D", "2640", "2642")
-PEOPLE = ("1F468", "1F469", "1F9D1")
-"""Man, woman, person."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,13 @@ class Concept:
     @property
     def key(self) -> str:
         """Code points without the variation selector: how drawings of one concept find each other."""
-        return "-".join(_points(self.hexcode))
+        return concept_key(self.hexcode)
 
     @property
     def part(self) -> str | None:
         """`train`, `val`, or None for the tenth that is kept apart and never written."""
-        bucket = int(hashlib.sha1(split_key(self.hexcode).encode()).hexdigest(), 16) % 100  # noqa: S324 - a fair die
-        return "train" if bucket < 80 else "val" if bucket < 90 else None
+        bucket = split_bucket(self.hexcode)
+        return "train" if bucket in TRAIN_BUCKETS else "val" if bucket in CHOOSE_BUCKETS else None
 
 
 @dataclass(frozen=True)
@@ -69,20 +66,6 @@ class Drawing:
         }  # fmt: skip
 
 
-def _points(hexcode: str) -> list[str]:
-    return [point for point in hexcode.upper().split("-") if point != VARIATION_SELECTOR]
-
-
-def split_key(hexcode: str) -> str:
-    """What decides the part: the same for man, woman and person of one occupation or activity.
-
-    `1F469-200D-1F527` (woman mechanic) and `1F9D1-200D-1F527` give `P-1F527`; `1F34E` gives `1F34E-`.
-    """
-    first, *rest = _points(hexcode)
-    rest = [point for point in rest if point not in JOINER_AND_GENDER]
-    return ("P" if first in PEOPLE else first) + "-" + "-".join(rest)
-
-
 def concepts_from(entries: Iterable[Mapping[str, Any]]) -> list[Concept]:
     """The concepts of OpenMoji's data file in order of file names, without skin tones and `LEFT_OUT_GROUPS`."""
     found = [
@@ -100,8 +83,7 @@ def concepts_from(entries: Iterable[Mapping[str, Any]]) -> list[Concept]:
 
 def slug(name: str) -> str:
     """How icon sets name a drawing: `Piñata` -> `pinata`, `man: red hair` -> `man-red-hair`."""
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    return plain_slug(unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode())
 
 
 def match_icons(icon_set: Mapping[str, Any], concepts: list[Concept]) -> dict[str, str]:

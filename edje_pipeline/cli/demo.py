@@ -19,14 +19,18 @@ def demo(
         list[str] | None, typer.Option("--query", help="A text to search for; may be repeated.", show_default=False)
     ] = None,
     num_measured: Annotated[
-        int, typer.Option("--num-measured", min=1, help="Names whose drawing's place is counted.")
-    ] = 200,
+        int | None,
+        typer.Option("--num-measured", min=1, help="Names whose drawing's place is counted.", show_default="all"),
+    ] = None,
     config: ConfigOption = None,
     format: FormatOption = OutputFormat.text,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Extract, retrieve and rerank 1,600 real drawings (OpenMoji).
+
+    Each drawing's name is a query: the table shows some of them, the line
+    below it how often the drawing that was asked for came first.
 
     Examples:
 

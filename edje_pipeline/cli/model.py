@@ -203,6 +203,7 @@ def compact_model_command(
 def model_info_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, hf:ORG/NAME or bundled name.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Print the model card instead.")] = False,
     format: FormatOption = OutputFormat.text,
     debug: DebugOption = False,
 ) -> None:
@@ -212,12 +213,18 @@ def model_info_command(
 
         edje-pipeline model-info MODEL --verify
 
+        edje-pipeline model-info emoji-small --card
+
         edje-pipeline model-info random-tiny --format json
     """
     from edje_pipeline.models.checkpoint import open_model
+    from edje_pipeline.models.model_directory import CARD_FILE
     from edje_pipeline.models.summary import ModelSummary
 
     opened = open_model(model)
     if verify:
         opened.verify()
+    if card:
+        typer.echo(opened.file(CARD_FILE).read_text(encoding="utf-8"))
+        return
     emit(ModelSummary(opened, "every checksum is right" if verify else ""), format)

@@ -107,7 +107,7 @@ def estimate(
     num_images: Annotated[
         int | None, typer.Option("--num-images", min=1, help="Reckon with so many images instead of counting.")
     ] = None,
-    model: Annotated[str, typer.Option("--model", help="As for extract.")] = "random-demo",
+    model: Annotated[str | None, typer.Option("--model", help="As for extract.")] = None,
     variant: VariantOption = None,
     source: Annotated[
         Literal["auto", "folder", "webdataset", "parquet", "list"], typer.Option("--source", help="As for extract.")
@@ -132,6 +132,7 @@ def estimate(
 
         edje-pipeline estimate --num-images 1000000000 --model MODEL_DIR --variant 1kb
     """
+    from edje_pipeline.models.hub import default_model
     from edje_pipeline.pipeline.estimate import EstimateConfig, run_estimate
     from edje_pipeline.pipeline.image_run import ComputeOptions
 
@@ -139,7 +140,7 @@ def estimate(
         EstimateConfig(
             corpus=corpus,
             num_images=num_images,
-            model=model,
+            model=model or default_model(),
             variant=variant,
             source=source,
             num_probe=num_probe,

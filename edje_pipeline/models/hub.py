@@ -1,5 +1,8 @@
 """Where models come from: a directory, the Hugging Face Hub, or a name that this package knows.
 
+Bundled names are directories inside the package (`edje_pipeline/bundled/NAME`, used where they lie), and random models,
+made in the user's cache folder on first use.
+
 From the Hub only safetensors, JSON and Markdown files of the top level are fetched.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 
 from edje_pipeline.errors import ModelError, ModelNotFoundError
@@ -19,7 +23,13 @@ BUNDLED: dict[str, dict[str, object]] = {
     "random-tiny": {"size": "tiny", "seed": 0},
     "random-demo": {"size": "demo", "seed": 0},
 }
-"""Names that `--model` knows, and the arguments of `write_random_model` that make them."""
+"""Random models that `--model` knows, and the arguments of `write_random_model` that make them."""
+
+BUNDLED_DIRECTORIES = Path(str(files("edje_pipeline"))) / "bundled"
+"""One folder a trained model."""
+
+EMOJI_MODEL = "emoji-small"
+"""Trained on emoji drawings: good for drawings asked for by their names, of little use for photographs."""
 
 BUNDLED_REVISION = 1
 """Part of the cached directory's name: raise it when the same arguments give other weights."""
@@ -36,13 +46,13 @@ def resolve(text: str | Path) -> Path:
         return text
     if text.startswith(HUB_PREFIX):
         return _from_hub(text)
-    if text in BUNDLED and not Path(text).is_dir():
+    if text in bundled_names() and not Path(text).is_dir():
         return bundled(text)
     path = Path(text).expanduser()
     if path.is_dir():
         return path
     raise ModelNotFoundError(
-        f"no model {text!r}: there is no such directory, and it is none of the bundled {', '.join(BUNDLED)}; "
+        f"no model {text!r}: there is no such directory, and it is none of the bundled {', '.join(bundled_names())}; "
         "a model on the Hugging Face Hub is written hf:organisation/name or hf:organisation/name@revision"
     )
 
@@ -101,10 +111,29 @@ def snapshot(repo: str, revision: str | None = None, *, patterns: tuple[str, ...
     return Path(found)
 
 
+def bundled_names() -> tuple[str, ...]:
+    """Names that `--model` knows: trained models in the package first."""
+    return (*sorted(path.parent.name for path in BUNDLED_DIRECTORIES.glob("*/config.json")), *BUNDLED)
+
+
+def default_model() -> str:
+    """What a command uses that was given no model: the bundled trained one, else a random one."""
+    return EMOJI_MODEL if EMOJI_MODEL in bundled_names() else "random-demo"
+
+
+def about(name: str) -> str:
+    """What a default model is good for, for the note of a command that was given none."""
+    if name == EMOJI_MODEL:
+        return "trained on emoji drawings; expect little from it on photographs"
+    return "its weights are random; its scores mean nothing"
+
+
 def bundled(name: str) -> Path:
-    """The directory of a bundled model, made on first use in the user's cache folder."""
+    """The directory of a bundled model: inside the package, or made on first use in the user's cache folder."""
     from edje_pipeline.models.random_model import write_random_model
 
+    if name not in BUNDLED:
+        return BUNDLED_DIRECTORIES / name
     for root in _cache_roots():
         directory = root / f"{name}-{BUNDLED_REVISION}"
         if (directory / "config.json").is_file():

@@ -7,17 +7,20 @@ corpus, a few queries and a table.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from edje_pipeline.errors import ConfigError
-from edje_pipeline.pipeline.openmoji import list_drawings, write_image_folder
-from edje_pipeline.progress import format_bytes, format_duration, progress
+from edje_pipeline.models.hub import EMOJI_MODEL, default_model
+from edje_pipeline.pipeline.demo_result import SHOWN, DemoResult, Measured, QueryRow
+from edje_pipeline.pipeline.openmoji import Drawing, list_drawings, slug, write_image_folder
+from edje_pipeline.pipeline.runner import ExecutorOptions
+from edje_pipeline.progress import progress
 
 DEFAULT_QUERIES = (
     "red apple",
@@ -30,11 +33,6 @@ DEFAULT_QUERIES = (
     "bicycle",
 )
 POOL_SIZE = 10
-SHOWN = 3
-RANDOM_NOTE = (
-    "The model {model!r} has fixed random weights: it was never trained, and the order\n"
-    "below means nothing. The demo shows the machinery; give a trained one with --model."
-)
 
 
 @dataclass(frozen=True)
@@ -47,75 +45,11 @@ class DemoConfig:
     """None: the bundled one."""
     queries: tuple[str, ...] = DEFAULT_QUERIES
     """Shown in the table."""
-    num_measured: int = 200
-    """Names, evenly spread over all of them, for which the place of the named drawing is counted."""
+    num_measured: int | None = None
+    """Names, evenly spread over all of them, for which the place of the named drawing is counted; None: all."""
+    executor: ExecutorOptions = field(default_factory=ExecutorOptions)
+    """Where extraction runs."""
     quiet: bool = False
-
-
-@dataclass(frozen=True)
-class QueryRow:
-    """One line of the table."""
-
-    query: str
-    first_stage: list[str]
-    reranked: list[str]
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demo found."""
-
-    directory: str
-    model: str
-    is_random: bool
-    num_images: int
-    num_rejected: int
-    bytes_per_image: float
-    num_pairs: int
-    images_per_s: float
-    pairs_per_s: float
-    num_measured: int
-    recall_at_1: dict[str, float]
-    """`first_stage` and `reranked`: fraction of the measured names whose drawing came first."""
-    rows: list[QueryRow] = field(default_factory=list)
-    wall_s: float = 0.0
-
-    @property
-    def exit_code(self) -> int:
-        return 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "rows": [row.__dict__ for row in self.rows]}
-
-    def to_text(self) -> str:
-        width = 25
-        rule = f"{'-' * width}  {'-' * width}  {'-' * width}"
-        lines = [f"{'query':<{width}}  {'first stage':<{width}}  {'reranked':<{width}}", rule]
-        for row in self.rows:
-            pairs = zip(row.first_stage, row.reranked, strict=True)
-            for place, (before, after) in enumerate(pairs):
-                query = row.query if place == 0 else ""
-                lines.append(f"{_cut(query, width):<{width}}  {_cut(before, width):<{width}}  {_cut(after, width)}")
-            lines.append("")
-        first, reranked = self.recall_at_1["first_stage"], self.recall_at_1["reranked"]
-        lines.append(
-            f"named drawing first, of {self.num_measured} names: first stage {first:.1%}, reranked {reranked:.1%}"
-        )
-        lines.append(
-            f"{self.num_images:,} images of {format_bytes(self.bytes_per_image)} ({self.images_per_s:,.0f} images/s), "
-            f"{self.num_pairs:,} pairs ({self.pairs_per_s:,.0f} pairs/s), {format_duration(self.wall_s)}"
-        )
-        if self.is_random:
-            lines += ["", RANDOM_NOTE.format(model=self.model)]
-        root = self.directory
-        lines += [
-            "",
-            "Go on from here:",
-            f"  edje-pipeline inspect {root}/index",
-            f"  edje-pipeline verify {root}/index",
-            f"  ls {root}        # images, names, index, queries, candidates, scores",
-        ]
-        return "\n".join(lines)
 
 
 def run_demo(config: DemoConfig) -> DemoResult:
@@ -125,7 +59,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         ConfigError: the extra `[demo]` is not installed, or `directory` holds something else.
     """
     from edje_pipeline.models.checkpoint import open_model
-    from edje_pipeline.pipeline.extract import DEFAULT_MODEL, ExtractConfig, run_extract
+    from edje_pipeline.pipeline.extract import ExtractConfig, run_extract
     from edje_pipeline.pipeline.retrieve import RetrieveConfig, run_retrieve
     from edje_pipeline.pipeline.score import ScoreConfig, run_score
 
@@ -133,14 +67,23 @@ def run_demo(config: DemoConfig) -> DemoResult:
     root = Path(config.directory)
     if root.exists() and any(root.iterdir()) and not (root / "names.jsonl").exists():
         raise ConfigError(f"{root} is not empty and was not made by the demo; choose another --dir")
-    num_drawings = len(list_drawings())
-    with progress("render", num_drawings, quiet=config.quiet) as report:
-        write_image_folder(root / "images", on_progress=report.update)
-    model = config.model or DEFAULT_MODEL
+    drawings = list_drawings()
+    with progress("render", len(drawings), quiet=config.quiet) as report:
+        write_image_folder(root / "images", drawings, on_progress=report.update)
+    name = config.model or default_model()
+    model = open_model(name)
+    _forget_other_models(root / "index", model.fingerprints)
     extracted = run_extract(
-        ExtractConfig(corpus=str(root / "images"), index=str(root / "index"), model=model, quiet=config.quiet)
+        ExtractConfig(
+            corpus=str(root / "images"),
+            index=str(root / "index"),
+            model=name,
+            executor=config.executor,
+            quiet=config.quiet,
+        )
     )
-    names = _write_queries(root, config)
+    measured = _measured(drawings, config.num_measured)
+    _write_queries(root, config.queries, measured)
     run_retrieve(
         RetrieveConfig(
             index=str(root / "index"),
@@ -162,38 +105,55 @@ def run_demo(config: DemoConfig) -> DemoResult:
     )
     first_stage = _ranked(pq.read_table(root / "candidates.parquet"))
     reranked = _ranked(pa.concat_tables([pq.read_table(root / "scores" / path) for path in scored.result_paths]))
+    known = {drawing.image_id for drawing in drawings}
+    apart = {query_id: drawing for query_id, drawing in measured.items() if not drawing.is_trained_on}
     return DemoResult(
         directory=str(root),
-        model=model,
-        is_random=open_model(model).spec.backbone.weights_sha256.startswith("random") or model.startswith("random"),
+        model=name,
+        is_random=model.spec.backbone.weights_sha256.startswith("random") or name.startswith("random"),
         num_images=extracted.num_images,
         num_rejected=extracted.num_rejected,
         bytes_per_image=extracted.payload_bytes,
+        pool_size=POOL_SIZE,
         num_pairs=scored.num_pairs,
         images_per_s=extracted.num_computed / max(extracted.timings.get("compute_s", 0.0), 1e-9),
         pairs_per_s=scored.pairs_per_s,
-        num_measured=len(names),
-        recall_at_1={
-            "first_stage": _first_place(first_stage, names),
-            "reranked": _first_place(reranked, names),
-        },
+        recall_at_1=_recall(measured, first_stage, reranked),
+        not_trained_on=_recall(apart, first_stage, reranked) if name == EMOJI_MODEL and apart else None,
         rows=[
-            QueryRow(query, _shown(first_stage[f"show-{number}"]), _shown(reranked[f"show-{number}"]))
+            QueryRow(
+                query,
+                _shown(first_stage[f"show-{number}"]),
+                _shown(reranked[f"show-{number}"]),
+                wanted=slug(query) if f"{slug(query)}.png" in known else None,
+            )
             for number, query in enumerate(config.queries)
         ],
         wall_s=time.monotonic() - started,
     )
 
 
-def _write_queries(root: Path, config: DemoConfig) -> dict[str, str]:
-    """Writes queries.jsonl; returns query_id -> image_id of the measured names."""
-    drawings = list_drawings()
-    step = max(1, len(drawings) // max(1, config.num_measured))
-    measured = drawings[::step][: config.num_measured]
-    queries = [{"query_id": f"show-{number}", "text": text} for number, text in enumerate(config.queries)]
-    queries += [{"query_id": f"name-{number}", "text": drawing.name} for number, drawing in enumerate(measured)]
+def _forget_other_models(index: Path, fingerprints: dict[str, str]) -> None:
+    """Removes the index of an earlier demo with another model: its tokens cannot be mixed with the new ones."""
+    from edje_pipeline.storage.location import Location
+    from edje_pipeline.storage.manifest import find_manifest
+
+    existing = find_manifest(Location.parse(index)) if index.is_dir() else None
+    parts = ("backbone", "preprocess", "adapter")
+    if existing is not None and any(existing.fingerprints.get(part) != fingerprints[part] for part in parts):
+        shutil.rmtree(index)
+
+
+def _measured(drawings: list[Drawing], num_measured: int | None) -> dict[str, Drawing]:
+    """query_id -> drawing whose name is that query, evenly spread."""
+    step = max(1, len(drawings) // num_measured) if num_measured else 1
+    return {f"name-{number}": drawing for number, drawing in enumerate(drawings[::step][:num_measured])}
+
+
+def _write_queries(root: Path, shown: tuple[str, ...], measured: dict[str, Drawing]) -> None:
+    queries = [{"query_id": f"show-{number}", "text": text} for number, text in enumerate(shown)]
+    queries += [{"query_id": query_id, "text": drawing.name} for query_id, drawing in measured.items()]
     (root / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries), encoding="utf-8")
-    return {f"name-{number}": drawing.image_id for number, drawing in enumerate(measured)}
 
 
 def _ranked(table: pa.Table) -> dict[str, list[str]]:
@@ -206,13 +166,13 @@ def _ranked(table: pa.Table) -> dict[str, list[str]]:
     return lists
 
 
-def _first_place(lists: dict[str, list[str]], names: dict[str, str]) -> float:
-    return sum(lists[query_id][0] == image_id for query_id, image_id in names.items()) / max(1, len(names))
+def _recall(wanted: dict[str, Drawing], *stages: dict[str, list[str]]) -> Measured:
+    first_stage, reranked = (
+        sum(lists[query_id][0] == drawing.image_id for query_id, drawing in wanted.items()) / max(1, len(wanted))
+        for lists in stages
+    )
+    return Measured(len(wanted), first_stage, reranked)
 
 
 def _shown(image_ids: list[str]) -> list[str]:
     return [image_id.removesuffix(".png") for image_id in image_ids[:SHOWN]]
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

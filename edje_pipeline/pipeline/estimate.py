@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from edje_pipeline.errors import ConfigError
+from edje_pipeline.models.hub import default_model
 from edje_pipeline.pipeline.image_run import DEFAULT_BATCH, ComputeOptions
 from edje_pipeline.pipeline.job import Job
 from edje_pipeline.pipeline.model_choice import Choice, choose
@@ -40,7 +41,7 @@ class EstimateConfig:
     """What to list and sample; None with `num_images`: synthetic images are timed."""
     num_images: int | None = None
     """Images in all; None: the corpus is counted."""
-    model: str = "random-demo"
+    model: str = field(default_factory=default_model)
     """Directory, Hub id or bundled name."""
     variant: str | None = None
     """As for extract."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from edje_pipeline.errors import ConfigError
+from edje_pipeline.models.hub import about, default_model
 from edje_pipeline.models.spec import fingerprint_of
 from edje_pipeline.pipeline.image_run import (
     ComputeOptions,
@@ -24,8 +25,6 @@ from edje_pipeline.progress import format_bytes, format_duration
 from edje_pipeline.storage.location import Location
 from edje_pipeline.storage.manifest import Manifest, find_manifest
 from edje_pipeline.storage.sources import Source, SourceOptions, open_source
-
-DEFAULT_MODEL = "random-demo"
 
 
 @dataclass(frozen=True)
@@ -219,8 +218,8 @@ def _choose(config: ExtractConfig, existing: Manifest | None, index: Location, s
         if variant is None and config.codebook is None:
             variant = str(existing.head.config.get("variant", "")) or None
     if model is None:
-        model = DEFAULT_MODEL
-        say(f"no --model was given: using {model}, whose weights are random; its scores mean nothing")
+        model = default_model()
+        say(f"no --model was given: using {model}, {about(model)}")
     return choose(model, variant, codebook=config.codebook, existing=existing, index=index)
 
 

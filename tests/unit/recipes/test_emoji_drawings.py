@@ -7,7 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from recipes.emoji_drawings import Concept, concepts_from, draw, icon_svg, match_icons, render, slug, split_key
+from edje_pipeline.pipeline.openmoji import split_key
+from recipes.emoji_drawings import Concept, concepts_from, draw, icon_svg, match_icons, render, slug
 
 pytest.importorskip("resvg_py")
 
