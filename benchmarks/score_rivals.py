@@ -5,6 +5,7 @@ All read their tokens from memory and run the joint encoder's own weights in tra
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ class Rivals:
     def text_only(self, texts: np.ndarray, batch: int = 32) -> np.ndarray:
         """A text cross-encoder on as many tokens: word ids only, padded batches sorted by length.
 
-        What CrossEncoder.predict of sentence-transformers does after tokenizing.
+        What CrossEncoder.predict of sentence-transformers does after tokenizing; `CrossEncoderRival` is the real one.
         """
         num_image = self.images.shape[1]
         lengths = np.array([len(self.lists[t]) + num_image + 1 for t in texts])
@@ -121,3 +122,44 @@ class Rivals:
         if mlm:
             self.mlm(out.last_hidden_state)
         return self.classifier(out.pooler_output)[:, 0].numpy()
+
+
+class CrossEncoderRival:
+    """sentence-transformers' CrossEncoder with the same weights, on pairs of texts of the same total length.
+
+    The passage is as many word tokens as an image has tokens. It runs the real `predict`: tokenizer,
+    sorting by length, padding, its own default batch of 32.
+
+    Raises:
+        ImportError: sentence-transformers is not installed.
+    """
+
+    def __init__(self, rivals: Rivals, tokenizer_json: str, queries: list[str], folder: Path) -> None:
+        from sentence_transformers import CrossEncoder
+        from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
+
+        config = rivals.bert.config
+        config.num_labels = 1
+        model = BertForSequenceClassification(config).eval()
+        model.bert.load_state_dict(rivals.bert.state_dict())
+        model.classifier.load_state_dict(rivals.classifier.state_dict())
+        model.save_pretrained(folder)
+        (folder / "words.json").write_text(tokenizer_json)
+        special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "words.json"), **special)
+        tokenizer.save_pretrained(folder)
+        self.encoder = CrossEncoder(str(folder), device="cpu", max_length=config.max_position_embeddings)
+        self.queries, num_image = queries, rivals.images.shape[1]
+        # A word that is one token of the vocabulary, as often as an image has tokens.
+        known = tokenizer.get_vocab()
+        word = next(word for word in ("red", "a", *known) if word in known and word.isalpha())
+        self.passage = " ".join([word] * num_image)
+        pair = tokenizer(queries[0], self.passage)["input_ids"]
+        expected = len(tokenizer(queries[0])["input_ids"]) + num_image + 1
+        assert len(pair) == expected, f"{len(pair)} tokens a pair, {expected} expected"
+
+    def predict(self, texts: np.ndarray) -> np.ndarray:
+        """One score a pair; they mean nothing, for the passage says nothing."""
+        pairs = [(self.queries[text], self.passage) for text in texts]
+        found: np.ndarray = self.encoder.predict(pairs, show_progress_bar=False)
+        return found

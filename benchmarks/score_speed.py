@@ -8,6 +8,7 @@
 (transformers)      BertModel on padded batches of 32 pairs
 (transformers dense) BertModel on equal-length batches, no mask: the bare forward pass
 (text only)         BertModel on as many word tokens, padded batches sorted by length
+(CrossEncoder)      sentence-transformers' CrossEncoder.predict on text pairs of that length, tokenizing included
 
 All rivals read their tokens from memory, ours reads them from disk and writes its results. Rounds
 alternate. Ratios are of CPU seconds of the process with one thread, which the machine's other users
@@ -33,7 +34,7 @@ import torch
 
 from benchmarks.report import table, write_report
 from benchmarks.score_model import Material, make_material
-from benchmarks.score_rivals import Rivals
+from benchmarks.score_rivals import CrossEncoderRival, Rivals
 from edje_pipeline import reranker
 from edje_pipeline.pipeline.score import ScoreConfig, run_score
 from edje_pipeline.stages.score_pairs import BATCH_TOKENS
@@ -69,8 +70,19 @@ class Workload:
         pq.write_table(pa.table(columns), folder / "c.parquet")
         self.lists = model.load_tokenizer().encode(material.queries)
         self.rivals = Rivals(model.load_joint_encoder(), self.lists, tokens)
+        self.cross_encoder, self.missing = self._cross_encoder()
         self.scores: dict[str, np.ndarray] = {}
         self.summaries: dict[str, str] = {}
+
+    def _cross_encoder(self) -> tuple[CrossEncoderRival | None, str]:
+        """The rival, or None and why there is none."""
+        tokenizer = self.material.model.load_tokenizer().to_json()
+        try:
+            return CrossEncoderRival(self.rivals, tokenizer, self.material.queries, self.folder / "cross-encoder"), ""
+        except ImportError as error:
+            missing = f"CrossEncoder left out: {error}; pip install edje-pipeline[bench]"
+            print(missing, flush=True)
+            return None, missing
 
     def ours(self, size: str, precision: str) -> None:
         """Scores one index and keeps the scores and the summary."""
@@ -112,6 +124,9 @@ class Workload:
             "transformers dense": rival("transformers dense", lambda: rivals.dense(texts, images, BATCH_TOKENS["cpu"])),
             "text only": rival("text only", lambda: rivals.text_only(texts)),
         }
+        if self.cross_encoder is not None:
+            cross_encoder = self.cross_encoder
+            sides["CrossEncoder"] = rival("CrossEncoder", lambda: cross_encoder.predict(texts))
         for size in self.indexes:
             for precision in PRECISIONS:
                 sides[f"ours {precision}, {size}"] = lambda size=size, precision=precision: self.ours(size, precision)  # type: ignore[misc]
@@ -199,7 +214,7 @@ def report(work: Workload, taken: dict[str, list[tuple[float, float]]], options:
     rows = []
     for name, rounds in taken.items():
         cells = ["", "", ""]
-        if name != "text only":
+        if name not in ("text only", "CrossEncoder"):
             difference, spearman, first = agreement(work.scores[name], work.scores["authors"], work.texts)
             cells = [f"{difference:.1e}", f"{spearman:.4f}", f"{first:.0%}"]
         rate = len(work.pairs) / statistics.median(cpu for cpu, _ in rounds)
@@ -228,13 +243,14 @@ def report(work: Workload, taken: dict[str, list[tuple[float, float]]], options:
         about,
         "",
         *table(header, rows),
+        *(["", work.missing] if work.missing else []),
         "",
         "What the last runs said of themselves:",
         "",
         *said,
     ]  # fmt: skip
     write_report("score", "Scoring speed", lines, out=options.out, module="score_speed",
-                 packages=("torch", "transformers", "pyarrow", "numpy"))  # fmt: skip
+                 packages=("torch", "transformers", "sentence-transformers", "pyarrow", "numpy"))  # fmt: skip
 
 
 if __name__ == "__main__":
