@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.recall_runs import HELD_OUT_ARTIST, Plans, Run
 from edje_pipeline.models.assemble import BackboneSource, ModelParts, make_model
-from edje_pipeline.models.checkpoint import save_model
+from edje_pipeline.models.checkpoint import open_model, save_model
 from edje_pipeline.models.tensor_files import read_tensors, write_tensors
 from edje_pipeline.pipeline.evaluate import EvaluateConfig, run_evaluate
 from edje_pipeline.pipeline.extract import ExtractConfig, run_extract
@@ -132,10 +132,23 @@ def start_of(inputs: Inputs, run: Run) -> Path:
     return target
 
 
+def continued(inputs: Inputs, run: Run) -> Path:
+    """The trained adapter and joint encoder of another run behind this run's backbone: the image size may differ."""
+    target = inputs.work / "starts" / run.name
+    if (target / "config.json").exists():
+        return target
+    fresh, trained = open_model(start_of(inputs, run)), open_model(inputs.work / "runs" / run.start / "model")
+    spec = replace(fresh.spec, adapter=trained.spec.adapter, joint_encoder=trained.spec.joint_encoder, name=run.name)
+    files = {part: fresh.path / f"{part}.safetensors" for part in ("backbone", "text_tower")}
+    files |= {part: trained.path / f"{part}.safetensors" for part in ("adapter", "joint_encoder")}
+    save_model(target, spec, tokenizer=fresh.path / "tokenizer.json", **files)  # type: ignore[arg-type]
+    return target
+
+
 def job_of(inputs: Inputs, run: Run) -> TrainJob:
     """What `train` is told."""
     out, captions = inputs.work / "runs" / run.name, inputs.work / "captions"
-    model = inputs.work / "runs" / run.start / "model" if run.start else start_of(inputs, run)
+    model = continued(inputs, run) if run.start else start_of(inputs, run)
     teacher = str(inputs.work / "runs" / run.teacher / "model") if run.teacher else ""
     cache = inputs.work / "cache" / f"{run.data.rstrip('45')}-{run.image_size}-{run.recipe.views}"
     common: dict[str, Any] = {"model": str(model), "out": str(out), "recipe": run.recipe, "teacher": teacher,
@@ -239,9 +252,15 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--limit-s", type=float, default=1e9, help="no run goes on after this")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--fill", help=argparse.SUPPRESS)
     options = parser.parse_args()
     inputs = Inputs(options.emoji, options.photos, options.dino, options.bert, options.work)
     runs = Plans().plans[options.plan]
+    if options.fill:
+        begun = time.monotonic()
+        prepare(job_of(inputs, next(run for run in runs if run.name == options.fill)), Collective())
+        print(f"tokens for {options.fill}: {time.monotonic() - begun:.1f} s", flush=True)
+        return 0
     if options.one:
         run = next(run for run in runs if run.name == options.one)
         found = measure(inputs, run)
@@ -257,16 +276,16 @@ def main() -> int:
 
 def fill_caches(inputs: Inputs, runs: list[Run]) -> None:
     """Starts and token caches, once, so that the runs' processes need not wait for each other."""
-    seen = set()
+    first: dict[tuple[str, int, int], Run] = {}
     for run in runs:
-        if not run.start:
-            start_of(inputs, run)
-        key = (run.data.rstrip("45"), run.image_size, run.recipe.views)
-        if key not in seen and not run.start and not run.teacher:
-            seen.add(key)
-            begun = time.monotonic()
-            prepare(job_of(inputs, run), Collective())
-            print(f"tokens of {key}: {time.monotonic() - begun:.1f} s", flush=True)
+        start_of(inputs, run)
+        if not run.start and not run.teacher:
+            first.setdefault((run.data.rstrip("45"), run.image_size, run.recipe.views), run)
+    commands = [
+        [sys.executable, "-m", "benchmarks.recall_plan", *sys.argv[1:], "--fill", run.name] for run in first.values()
+    ]
+    for process in [subprocess.Popen(command) for command in commands]:
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from edje_pipeline.training.recipe import LossWeights, NegativeSpec, Phase, Recipe
+from edje_pipeline.training.recipe import LossWeights, NegativeSpec, Phase, Recipe, read_recipe
 
 HELD_OUT_ARTIST = "noto"
+RECIPE = Path(__file__).parents[1] / "recipes" / "emoji.toml"
+ABLATION_SHARE = 0.45
+"""Of the recipe's steps, for the runs that leave a part out and the run they are compared with."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,93 @@ def smoke() -> list[Run]:
     ]  # fmt: skip
 
 
+def final() -> list[Run]:
+    """The runs behind the tables."""
+    whole = read_recipe(RECIPE)
+    local = no_token_dropout(whole)
+    short = shortened(whole, ABLATION_SHARE)
+    phases = {phase.name: phase for phase in short.phases}
+    hard = replace(phases["matrix"], negatives=NegativeSpec(1, 0), neighbours=0.0)
+    changed = {
+        "base": short,
+        "no-mlm": without(short, "mlm"),
+        "no-recovery": without(short, "recovery"),
+        "no-contrastive-after-warm-up": only_after(short, contrastive=0.0),
+        "no-words": without(short, "words"),
+        "no-warm-up": replace(short, phases=short.phases[1:]),
+        "no-neighbours": only_after(short, neighbours=0.0),
+        "one-hard-negative": replace(short, phases=(phases["warm-up"], hard, replace(hard, name="full", steps=300))),
+    }
+    photos = replace(shortened(whole, 0.4), validate_every=200)
+    tuned = replace(
+        photos, calibrate_adapter=False,
+        phases=tuple(replace(phase, learning_rate=phase.learning_rate / 2, captions="all")
+                     for phase in photos.phases[1:]),
+    )  # fmt: skip
+    finish = replace(
+        whole.phases[-1], name="quantized", steps=400, learning_rate=3e-5, quantize="opq16",
+        weights=replace(whole.phases[-1].weights, distillation=1.0), token_dropout=0.0,
+    )  # fmt: skip
+    runs = [Run("local", local, tokens="local", num_layers=3)]
+    runs += [Run(name, recipe, tokens="16", num_layers=3) for name, recipe in changed.items()]
+    runs += [
+        Run("photos", photos, data="photos", tokens="16", num_layers=3, image_size=224),
+        Run("64", distilled(whole), num_layers=3, teacher="local", codecs=("float16", "int8", "int4", "opq16"),
+            pools=(5, 10, 20, 50), stage=1),
+        Run("32", distilled(whole), tokens="32", num_layers=3, teacher="local", stage=1),
+        Run("16", distilled(whole), tokens="16", num_layers=3, teacher="local", stage=1),
+        Run("with-distillation", distilled(short), tokens="16", num_layers=3, teacher="local", stage=1),
+        Run("no-itm", without(distilled(short), "itm"), tokens="16", num_layers=3, teacher="local", stage=1),
+        Run("photos-after-emoji", tuned, data="photos", tokens="16", num_layers=3, image_size=224, start="base",
+            stage=1),
+        Run("64-quantized", replace(whole, phases=(finish,), calibrate_adapter=False), num_layers=3, teacher="local",
+            start="64", codecs=("float16", "opq16"), stage=2),
+    ]  # fmt: skip
+    return runs
+
+
+def shortened(recipe: Recipe, share: float) -> Recipe:
+    """The same phases with fewer steps."""
+    phases = tuple(replace(phase, steps=max(1, round(phase.steps * share))) for phase in recipe.phases)
+    return replace(recipe, phases=phases)
+
+
+def no_token_dropout(recipe: Recipe) -> Recipe:
+    """The local adapter wants all its tokens."""
+    return replace(recipe, phases=tuple(replace(phase, token_dropout=0.0) for phase in recipe.phases))
+
+
+def without(recipe: Recipe, loss: str) -> Recipe:
+    """The recipe with one loss off everywhere."""
+    return replace(
+        recipe,
+        phases=tuple(replace(phase, weights=replace(phase.weights, **{loss: 0.0})) for phase in recipe.phases),
+    )
+
+
+def only_after(recipe: Recipe, *, contrastive: float | None = None, neighbours: float | None = None) -> Recipe:
+    """Changes every phase but the warm-up."""
+    changed = [recipe.phases[0]]
+    for phase in recipe.phases[1:]:
+        weights = phase.weights if contrastive is None else replace(phase.weights, contrastive=contrastive)
+        near = phase.neighbours if neighbours is None else neighbours
+        changed.append(replace(phase, weights=weights, neighbours=near))
+    return replace(recipe, phases=tuple(changed))
+
+
+def distilled(recipe: Recipe) -> Recipe:
+    """With distillation wherever pairs are scored."""
+    phases = [
+        replace(phase, weights=replace(phase.weights, distillation=1.0)) if phase.weights.itm else phase
+        for phase in recipe.phases
+    ]
+    return replace(recipe, phases=tuple(phases))
+
+
 @dataclass(frozen=True)
 class Plans:
     """Plans by name."""
 
-    plans: dict[str, list[Run]] = field(default_factory=lambda: {"smoke": smoke(), "explore": explore()})
+    plans: dict[str, list[Run]] = field(
+        default_factory=lambda: {"smoke": smoke(), "explore": explore(), "final": final()}
+    )
