@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import run as run_program
 from benchmarks.report import table, write_report
-from benchmarks.run import PROGRAMS, main
+from benchmarks.run import PROGRAMS, TOTAL_S, Program, main
 
 
 def run_module(name: str, *arguments: str) -> str:
@@ -45,8 +46,35 @@ def test_every_program_of_make_bench_exists_and_has_a_name(capsys: pytest.Captur
     assert main(["--list"]) == 0
     listed = capsys.readouterr().out
     assert all(program.name in listed for program in PROGRAMS)
-    with pytest.raises(SystemExit, match="unknown benchmark nothing; there are extract"):
+    with pytest.raises(SystemExit, match="unknown benchmark nothing; there are decoders"):
         main(["--only", "nothing"])
+
+
+def test_make_bench_ends_within_fifteen_minutes() -> None:
+    parts = [program for program in PROGRAMS if program.device == "cpu"]
+    assert sum(part.limit_s for part in parts) <= TOTAL_S
+    assert all(part.expected_s < part.limit_s for part in parts)
+
+
+def test_a_part_that_fails_or_hangs_does_not_lose_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "benchmarks"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "broken.py").write_text("raise SystemExit(3)")
+    (package / "endless.py").write_text("import time\ntime.sleep(600)")
+    (package / "fine.py").write_text("print('measured')")
+    monkeypatch.chdir(tmp_path)  # `python -m` looks in the working directory first
+    parts = tuple(Program(name, name, "a part", 5, 1) for name in ("broken", "endless", "fine"))
+    monkeypatch.setattr(run_program, "PROGRAMS", parts)
+    assert main([]) == 1
+    printed = capfd.readouterr().out
+    assert "together  about   3 s, at most  15 s" in printed
+    assert "broken: FAILED with exit code 3" in printed
+    assert "endless: STOPPED at its limit of 5 s" in printed
+    assert "measured" in printed
+    assert "fine: done" in printed
 
 
 def test_a_report_names_command_versions_and_date(tmp_path: Path) -> None:
