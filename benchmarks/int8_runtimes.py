@@ -182,7 +182,7 @@ def sides_of(encoder: JointEncoder) -> tuple[dict[str, JointEncoder], list[str]]
     makers: dict[str, Callable[[], JointEncoder]] = {
         "torch float32 (F.linear)": lambda: encoder,
         "torch float32 (oneDNN)": lambda: cpu_encoder(encoder, "float32"),
-        "torch int8, scale a token": lambda: cpu_encoder(encoder, "int8"),
+        "torch int8, 16-bit activations": lambda: cpu_encoder(encoder, "int8"),
         "torch.ao dynamic int8": lambda: torch_ao_encoder(encoder),
         "torchao int8 (eager)": lambda: torchao_encoder(encoder),
         "onnxruntime float32": lambda: encoder.with_layers([onnxruntime_stack(encoder, int8=False)]),

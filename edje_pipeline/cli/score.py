@@ -68,7 +68,8 @@ def score(
     model: ModelOption = None,
     snapshot: SnapshotOption = None,
     precision: Annotated[
-        Precision, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU; int8: CPU only.")
+        Precision,
+        typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU. int8: for CPUs without bfloat16."),
     ] = Precision.auto,
     compile_model: Annotated[
         bool, typer.Option("--compile", help="torch.compile the joint encoder: for long runs on a GPU.")

@@ -1,7 +1,7 @@
 """A guard on the speed of scoring: a ratio of two paths in one process, never a time.
 
-Measured on two cores of an AMD processor: float32 is 3 times the authors' path, int8 5 times and
-more. The floor for float32 is 1.3 and for int8 1.5: on an Intel processor MKL is as fast as oneDNN,
+Measured on two cores of an AMD processor: float32 is 3.2 times the authors' path, int8 3.6 times.
+The floor for float32 is 1.3 and for int8 1.5: on an Intel processor MKL is as fast as oneDNN,
 so that only what is left out (the MLM head, most of the last layer) remains, and tiny sizes spend a
 larger part outside the matrix products. Below the floor something is broken: padding is back, the
 last layer is whole, tokens are decoded a pair at a time, or int8 runs without its kernels.
