@@ -41,6 +41,6 @@ def demo(
     from edje_pipeline.pipeline.demo import DEFAULT_QUERIES, DemoConfig, run_demo
 
     emit(
-        run_demo(DemoConfig(directory, model, tuple(query or DEFAULT_QUERIES), num_measured, quiet)),
+        run_demo(DemoConfig(directory, model, tuple(query or DEFAULT_QUERIES), num_measured, quiet=quiet)),
         format,
     )
