@@ -7,7 +7,7 @@ import pytest
 from edje_pipeline.models import hub
 from edje_pipeline.models.checkpoint import open_model
 
-MAX_BYTES = 64 << 20
+MAX_BYTES = 64_000_000
 
 
 @pytest.fixture

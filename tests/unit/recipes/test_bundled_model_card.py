@@ -27,10 +27,6 @@ STUDENT = {
     "token_cosine": 0.81234,
     "pooled_cosine": 0.9,
 }
-    "plan": {"steps": 1000, "batch_size": 256, "augmentation": {"scale": 0.5}},
-    "token_cosine": 0.81234,
-    "pooled_cosine": 0.9,
-}
 
 
 def test_the_card_names_everybody_and_cites_what_was_measured(tmp_path):
