@@ -104,6 +104,9 @@ def score(
             --top-k 10 --trec reranked.run
     """
     del config, debug
+    from edje_pipeline.pipeline.threads import let_threads_sleep
+
+    let_threads_sleep()  # the next import loads torch
     from edje_pipeline.pipeline.score import ScoreConfig, run_score
 
     result = run_score(
