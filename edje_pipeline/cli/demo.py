@@ -22,6 +22,10 @@ def demo(
         int | None,
         typer.Option("--num-measured", min=1, help="Names whose drawing's place is counted.", show_default="all"),
     ] = None,
+    fusion_weight: Annotated[
+        float,
+        typer.Option("--fusion-weight", min=0, help="Rerank by logit + this x first-stage similarity; 0: logit alone."),
+    ] = 0.0,
     config: ConfigOption = None,
     format: FormatOption = OutputFormat.text,
     quiet: QuietOption = False,
@@ -40,7 +44,5 @@ def demo(
     """
     from edje_pipeline.pipeline.demo import DEFAULT_QUERIES, DemoConfig, run_demo
 
-    emit(
-        run_demo(DemoConfig(directory, model, tuple(query or DEFAULT_QUERIES), num_measured, quiet=quiet)),
-        format,
-    )
+    shown = tuple(query or DEFAULT_QUERIES)
+    emit(run_demo(DemoConfig(directory, model, shown, num_measured, fusion_weight, quiet=quiet)), format)

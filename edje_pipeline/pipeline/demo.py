@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from edje_pipeline.errors import ConfigError
@@ -47,6 +48,8 @@ class DemoConfig:
     """Shown in the table."""
     num_measured: int | None = None
     """Names, evenly spread over all of them, for which the place of the named drawing is counted; None: all."""
+    fusion_weight: float = 0.0
+    """Reranked by logit + weight x first-stage similarity; 0: by the joint encoder alone."""
     executor: ExecutorOptions = field(default_factory=ExecutorOptions)
     """Where extraction runs."""
     quiet: bool = False
@@ -104,7 +107,8 @@ def run_demo(config: DemoConfig) -> DemoResult:
         )
     )
     first_stage = _ranked(pq.read_table(root / "candidates.parquet"))
-    reranked = _ranked(pa.concat_tables([pq.read_table(root / "scores" / path) for path in scored.result_paths]))
+    scores = pa.concat_tables([pq.read_table(root / "scores" / path) for path in scored.result_paths])
+    reranked = _ranked(_fused(scores, config.fusion_weight))
     known = {drawing.image_id for drawing in drawings}
     apart = {query_id: drawing for query_id, drawing in measured.items() if not drawing.is_trained_on}
     return DemoResult(
@@ -118,6 +122,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         num_pairs=scored.num_pairs,
         images_per_s=extracted.num_computed / max(extracted.timings.get("compute_s", 0.0), 1e-9),
         pairs_per_s=scored.pairs_per_s,
+        fusion_weight=config.fusion_weight,
         recall_at_1=_recall(measured, first_stage, reranked),
         not_trained_on=_recall(apart, first_stage, reranked) if name == EMOJI_MODEL and apart else None,
         rows=[
@@ -154,6 +159,16 @@ def _write_queries(root: Path, shown: tuple[str, ...], measured: dict[str, Drawi
     queries = [{"query_id": f"show-{number}", "text": text} for number, text in enumerate(shown)]
     queries += [{"query_id": query_id, "text": drawing.name} for query_id, drawing in measured.items()]
     (root / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries), encoding="utf-8")
+
+
+def _fused(scores: pa.Table, weight: float) -> pa.Table:
+    """The score table with `rank` by score + weight x first_stage_score within each query, ties by image_id."""
+    if weight == 0:
+        return scores
+    fused = pc.add(scores["score"], pc.multiply(scores["first_stage_score"], weight))
+    order = [("query_id", "ascending"), ("fused", "descending"), ("image_id", "ascending")]
+    ordered = scores.drop_columns(["rank"]).append_column("fused", fused).sort_by(order)
+    return ordered.append_column("rank", pa.array(range(len(ordered)), pa.int64()))
 
 
 def _ranked(table: pa.Table) -> dict[str, list[str]]:

@@ -64,6 +64,8 @@ class DemoResult:
     num_pairs: int
     images_per_s: float
     pairs_per_s: float
+    fusion_weight: float
+    """Reranked by logit + weight x first-stage similarity."""
     recall_at_1: Measured
     not_trained_on: Measured | None = None
     """The same for concepts kept apart when the bundled model was trained; None for other models."""
@@ -88,9 +90,10 @@ class DemoResult:
             lines.append("")
         lines += [
             f"{MARK} the drawing of that name",
+            *([f"  reranked by logit + {self.fusion_weight:g} x first-stage similarity"] if self.fusion_weight else []),
             "",
             f"{'the named drawing comes first':31} {'names':>6} {'first stage':>11} {'reranked':>9}",
-            f"{'all measured names':31} {self.recall_at_1}",
+            f"{'all names' if self.recall_at_1.num_names == self.num_images else 'a sample':31} {self.recall_at_1}",
         ]
         if self.not_trained_on is not None:
             lines.append(f"{'concepts it was not trained on':31} {self.not_trained_on}")

@@ -19,7 +19,7 @@ def asked(monkeypatch):
 
     def record(config):
         configs.append(config)
-        return DemoResult(config.directory, "m", False, 1, 0, 1.0, 10, 1, 1.0, 1.0, Measured(1, 1.0, 1.0))
+        return DemoResult(config.directory, "m", False, 1, 0, 1.0, 10, 1, 1.0, 1.0, 0.0, Measured(1, 1.0, 1.0))
 
     monkeypatch.setattr(demo, "run_demo", record)
     return configs

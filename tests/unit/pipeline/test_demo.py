@@ -66,6 +66,20 @@ def test_the_bundled_model_is_shown_and_measured_on_all_names(few_drawings, bund
     assert all(len(line) <= 80 or str(tmp_path) in line for line in text.splitlines())
 
 
+def test_fusion_reorders_by_score_and_first_stage():
+    scores = demo.pa.table(
+        {
+            "query_id": ["q", "q", "q", "r", "r"],
+            "image_id": ["c", "b", "a", "x", "y"],
+            "score": [2.0, 1.0, 1.0, 0.5, 0.0],
+            "rank": [1, 2, 3, 1, 2],
+            "first_stage_score": [0.1, 0.5, 0.5, 0.2, 0.2],
+        }
+    )
+    assert demo._ranked(demo._fused(scores, 0.0)) == {"q": ["c", "b", "a"], "r": ["x", "y"]}
+    assert demo._ranked(demo._fused(scores, 10.0)) == {"q": ["a", "b", "c"], "r": ["x", "y"]}
+
+
 def test_another_model_in_the_same_folder_starts_a_new_index(few_drawings, bundled_stand_in, tmp_path):
     run(tmp_path / "out", num_measured=3)
     before = Index.open(tmp_path / "out" / "index").manifest.fingerprints
@@ -98,7 +112,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
 def test_the_table_fits_80_columns_and_marks_what_was_asked_for():
     long = "a-name-that-is-much-longer-than-its-column"
     result = DemoResult(
-        "edje-demo", "emoji-small", False, 1658, 0, 12288.0, 10, 16660, 1234.0, 12345.0,
+        "edje-demo", "emoji-small", False, 1658, 0, 12288.0, 10, 16660, 1234.0, 12345.0, 2.5,
         Measured(1658, 0.25, 0.333), Measured(338, 0.2, 0.24),
         [QueryRow("red apple", ["green-apple", "red-apple", long], ["red-apple", "green-apple", long], "red-apple"),
          QueryRow(long, [long] * 3, [long] * 3)],
@@ -108,6 +122,6 @@ def test_the_table_fits_80_columns_and_marks_what_was_asked_for():
     assert max(map(len, lines)) <= 80
     assert lines[2] == "red apple                   green-apple               > red-apple"
     assert lines[3] == "                          > red-apple                   green-apple"
-    assert any(line.split() == ["all", "measured", "names", "1,658", "25.0%", "33.3%"] for line in lines)
+    assert any(line.split() == ["all", "names", "1,658", "25.0%", "33.3%"] for line in lines)
     assert any(line.split()[-3:] == ["338", "20.0%", "24.0%"] for line in lines)
     assert json.loads(json.dumps(result.to_dict()))["rows"][0]["wanted"] == "red-apple"
