@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from edje_pipeline.pipeline.openmoji import CHOOSE_BUCKETS, TRAIN_BUCKETS, concept_key, split_bucket
+from edje_pipeline.pipeline.openmoji import CHOOSE_BUCKETS, TRAIN_BUCKETS, concept_key, demo_module, split_bucket
 from edje_pipeline.pipeline.openmoji import slug as plain_slug
 
 PARTS = ("train", "val")
@@ -119,9 +119,7 @@ def icon_svg(icon: Mapping[str, Any], icon_set: Mapping[str, Any]) -> str:
 
 def render(svg: str, size_px: int) -> Image.Image:
     """The drawing on white, RGB, `size_px` square."""
-    import resvg_py
-
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size_px, height=size_px))
+    png = bytes(demo_module("resvg_py").svg_to_bytes(svg_string=svg, width=size_px, height=size_px))
     with Image.open(io.BytesIO(png)) as opened:
         drawing = opened.convert("RGBA")
     # Laid on white here: resvg's own background rounds soft edges differently.

