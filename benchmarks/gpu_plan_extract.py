@@ -40,6 +40,7 @@ from edje_pipeline.stages.encode import Encoder, require_device, resolve_precisi
 from edje_pipeline.storage.codecs import resolve
 
 TARGET = 0.90
+BEGAN = time.perf_counter()
 UNITS = 4
 """Of one timed call of the encode side."""
 PAPER = RandomSize(
@@ -71,7 +72,7 @@ def time_on(device: torch.device, work: Callable[[], object], seconds: float, ro
     work()
     wait()
     count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
+    while not count or time.perf_counter() - started < seconds:
         work()
         wait()
         count += 1
@@ -101,6 +102,11 @@ def pictures(folder: Path, num_images: int) -> tuple[Path, str]:
     if not note.exists():
         note.write_text(make_corpus(folder, num_images, size=(500, 375))[1])
     return folder, note.read_text()
+
+
+def say(what: str) -> None:
+    """A line with the seconds since the program began: a run that is cut off shows how far it came."""
+    print(f"[{time.perf_counter() - BEGAN:.0f} s] {what}", flush=True)
 
 
 def make_encoder(model: ModelDirectory, options: argparse.Namespace, **changes: Any) -> Encoder:
@@ -194,9 +200,13 @@ def main(arguments: list[str] | None = None) -> None:
         corpus, described = pictures(folder / "corpus", options.num_images)
         if options.only_prepare:
             return
+        say("model and pictures are there")
         rounds = alternate({"bare": bare_side(model, options), "encode": encode_side(model, options)}, options.rounds)
+        say("bare and encode are measured")
         agreed = agreement(model, corpus, options)
+        say("precisions are compared")
         decode_s = decode_only(corpus, model.spec.preprocess, num_cores(), warm_up_s=4.0)()["wall_s"]
+        say("decoding alone is measured")
         gpu: dict[str, Any] = {}
         if options.device == "cuda":
             torch.cuda.empty_cache()
@@ -207,6 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
             corpus, Path(name) / "index", model.path, options.executor, after=0.5,
             batch_size=options.batch_size, compile_model=options.compile, **gpu,
         )  # fmt: skip
+    say("extract is measured")
     bare_s = statistics.median(rounds.column("bare", "wall_s"))
     rows = [[side, spread([1 / x for x in rounds.column(side, "wall_s")]),
              f"{statistics.median([1 / x for x in rounds.ratios(side, 'bare', 'wall_s')]):.3f}"]

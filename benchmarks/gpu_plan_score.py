@@ -4,13 +4,14 @@
     python -m benchmarks.gpu_plan_score --device cpu --tiny  toy sizes, to see that the program works
 
 Synthetic weights and tokens. Target: 100,000 pairs/s from the disk cache in bfloat16. The bare
-encoder is timed at one text length in batches of several sizes: plain, with fused kernels, compiled,
+encoder is timed at one text length in batches of several sizes: plain, with the kernels of `gpu_kernels`, compiled,
 and each as a CUDA graph, which says what to change when the target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -28,7 +29,7 @@ import torch
 
 from benchmarks.report import spread, table, write_report
 from benchmarks.score_model import Material, make_material
-from edje_pipeline.models.gpu_encoder import gpu_encoder
+from edje_pipeline.models.gpu_encoder import GpuBertLayer, gpu_encoder
 from edje_pipeline.models.joint_encoder import JointEncoder
 from edje_pipeline.pipeline.score import ScoreConfig, run_score
 from edje_pipeline.stages.score_pairs import BATCH_TOKENS, PairScorer, TextTokens
@@ -37,6 +38,8 @@ from tests.index_util import write_index
 
 TARGET = 100_000
 TEXT_LENGTH = 14
+WORDS = {"captions": (5, 11), "sentences": (5, 30)}
+"""Words of a query: as few as captions have, and up to thirty."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,8 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rounds", type=int, default=2, help="timed runs of each form")
     parser.add_argument("--num-queries", type=int, help="of 500 candidates each")
-    parser.add_argument("--batch-tokens", type=int, help="of the end-to-end runs, instead of the default")
+    parser.add_argument("--batch-tokens", type=int, nargs="+", help="of the end-to-end runs, instead of the default")
     parser.add_argument("--no-compile", action="store_true", help="leave out what costs a minute of compiling")
+    parser.add_argument("--no-small", action="store_true", help="leave out the 1 kB index")
     parser.add_argument("--no-bare", action="store_true", help="leave out the bare encoder")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
@@ -58,19 +62,34 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="edje-gpu-") as name:
         folder = Path(name)
         material = make_material(folder, num_images=num_images, num_queries=0, num_layers=layers)
-        mean_length = write_pairs(folder, num_images, num_queries, per_query, material)
+        lengths = {
+            kind: write_pairs(folder / kind, words, num_images, num_queries, per_query, material)
+            for kind, words in WORDS.items()
+        }
         agreed = [] if options.device == "cpu" else agreement(material, compiled=not options.no_compile)
         rows = end_to_end(folder, material, options)
         bare = [] if options.no_bare else bare_encoder(material.model.load_joint_encoder(), options)
-    best = max(float(row[3].split()[0].replace(",", "")) for row in rows if row[0] == "49 kB")
+    best = max(float(row[5].split()[0].replace(",", "")) for row in rows if row[0] == "49 kB")
     verdict = "reached" if best >= TARGET else "missed"
     about = (
         f"{num_queries:,} queries x {per_query} candidates of {num_images:,} images, {material.described}; "
-        f"texts have {mean_length:.1f} tokens on average, images {material.tokens.shape[1]}. "
+        f"{' and '.join(f'{kind} have {length:.1f} tokens on average' for kind, length in lengths.items())}, "
+        f"images {material.tokens.shape[1]}. "
         "Pairs/s of `score` are of reading, scoring and writing; of `all` also of joining and regrouping. "
         f"Median (lowest to highest) of {options.rounds} runs after one small one."
     )
-    header = ["index", "precision", "form", "score pairs/s", "all pairs/s", "read s", "wait s", "score s", "write s"]
+    header = [
+        "index",
+        "precision",
+        "form",
+        "tokens a batch",
+        "score pairs/s",
+        "all pairs/s",
+        "read s",
+        "wait s",
+        "score s",
+        "write s",
+    ]
     lines = [
         about,
         "",
@@ -89,15 +108,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def write_pairs(folder: Path, num_images: int, num_queries: int, per_query: int, material: Material) -> float:
-    """Queries of 5 to 30 words, candidates of each in a random run of the images; the mean length in tokens.
+def write_pairs(
+    folder: Path, words_of_query: tuple[int, int], num_images: int, num_queries: int, per_query: int, material: Material
+) -> float:
+    """Queries of random words, candidates of each in a random run of the images; the mean length in tokens.
 
     `few.parquet` holds the candidates of the first tenth of the queries.
     """
+    folder.mkdir()
     rng = np.random.default_rng(0)
     words = np.array(["red", "apple", "on", "the", "table", "dog", "cat", "small", "big", "old", "house", "people"])
     names = pa.array([f"q{number:06d}" for number in range(num_queries)])
-    texts = [" ".join(rng.choice(words, rng.integers(5, 30))) for _ in range(num_queries)]
+    texts = [" ".join(rng.choice(words, rng.integers(*words_of_query))) for _ in range(num_queries)]
     pq.write_table(pa.table({"query_id": names, "text": texts}), folder / "q.parquet")
     start = rng.integers(0, num_images, num_queries)
     images = (start[:, None] + np.arange(per_query)) % num_images
@@ -112,43 +134,47 @@ def write_pairs(folder: Path, num_images: int, num_queries: int, per_query: int,
 def end_to_end(folder: Path, material: Material, options: argparse.Namespace) -> list[list[str]]:
     """One row an index, precision and form; each is run once before, so that kernels are compiled and files cached."""
     model, tokens = material.model, material.tokens
-    codec = train_pq(tokens[:64], 16, "opq")
-    forms: dict[str, dict[str, Any]] = {
-        "49 kB": {"shard_rows": 4096, "row_group_rows": 128},
-        "1 kB": {"shard_rows": 8192, "row_group_rows": 4096, "codec": codec},
-    }
+    on_gpu = options.device == "cuda"
+    forms: dict[str, dict[str, Any]] = {"49 kB": {"shard_rows": 4096, "row_group_rows": 128}}
+    if not options.no_small:
+        codec = train_pq(tokens[:64], 16, "opq")
+        forms["1 kB"] = {"shard_rows": 8192, "row_group_rows": 4096, "codec": codec}
     indexes = {
         name: write_index(folder / name, model, num_images=len(tokens), tokens=tokens, **form)
         for name, form in forms.items()
     }
     precisions = ("bfloat16",) if options.device == "cuda" else ("float32", "int8")
-    if options.batch_tokens:
-        BATCH_TOKENS[options.device] = options.batch_tokens
-    compiled_too = options.device == "cuda" and not options.no_compile
+    batches = options.batch_tokens or [BATCH_TOKENS[options.device]]
+    named = ["as it is"]
+    if on_gpu:
+        named += ["PyTorch's attention"] + ([] if options.no_compile else ["compiled"])
+    runs_wanted = itertools.product(indexes.items(), WORDS, precisions, named, batches)
     rows = []
-    for size, index in indexes.items():
-        for precision in precisions:
-            for compiled in (False, True) if compiled_too else (False,):
-                config = ScoreConfig(
-                    index=str(index.location),
-                    queries=str(folder / "q.parquet"),
-                    candidates=str(folder / "few.parquet"),
-                    out=str(folder / "out"),
-                    precision=precision,
-                    compile=compiled,
-                    device=options.device,
-                    num_workers=0,
-                    overwrite=True,
-                    quiet=True,
-                )
-                one_run(config)
-                config = replace(config, candidates=str(folder / "c.parquet"))
-                runs = [one_run(config) for _ in range(options.rounds)]
-                shown = [spread([run[name] for run in runs], 0) for name in ("rate", "overall")]
-                shown += [f"{statistics.median(run[f'{name}_s'] for run in runs):.2f}" for name in
-                          ("read", "wait", "score", "write")]  # fmt: skip
-                rows.append([size, precision, "compiled" if compiled else "as it is", *shown])
-                print(rows[-1], flush=True)
+    for (size, index), texts, precision, form, batch_tokens in runs_wanted:
+        if form == "PyTorch's attention" and (texts, size) != ("captions", "49 kB"):
+            continue
+        GpuBertLayer.own_attention = form != "PyTorch's attention"
+        BATCH_TOKENS[options.device] = batch_tokens
+        config = ScoreConfig(
+            index=str(index.location),
+            queries=str(folder / texts / "q.parquet"),
+            candidates=str(folder / texts / "few.parquet"),
+            out=str(folder / "out"),
+            precision=precision,
+            compile=form == "compiled",
+            device=options.device,
+            num_workers=0,
+            overwrite=True,
+            quiet=True,
+        )
+        one_run(config)
+        config = replace(config, candidates=str(folder / texts / "c.parquet"))
+        runs = [one_run(config) for _ in range(options.rounds)]
+        shown = [spread([run[name] for run in runs], 0) for name in ("rate", "overall")]
+        shown += [f"{statistics.median(run[f'{name}_s'] for run in runs):.2f}" for name in
+                  ("read", "wait", "score", "write")]  # fmt: skip
+        rows.append([size, texts, precision, form, f"{batch_tokens:,}", *shown])
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -176,8 +202,8 @@ def agreement(material: Material, *, compiled: bool, num_queries: int = 40, per_
     forms: dict[str, dict[str, Any]] = {
         "float32": {"precision": "float32", "use_graphs": False},
         "float32, graphs": {"precision": "float32", "batch_tokens": 8192},
-        "bfloat16, fused, graphs": {"batch_tokens": 8192},
-        "bfloat16, fused": {"use_graphs": False},
+        "bfloat16, own kernels, graphs": {"batch_tokens": 8192},
+        "bfloat16, own kernels": {"use_graphs": False},
     }
     if compiled:
         forms["bfloat16, compiled, graphs"] = {"compiled": True, "batch_tokens": 8192}
@@ -204,7 +230,7 @@ def bare_encoder(encoder: JointEncoder, options: argparse.Namespace) -> list[lis
     num_tokens, width = 64, encoder.spec.width
     forms: dict[str, Callable[..., Any]] = {"eager": encoder.forward_dense}
     if on_gpu:
-        forms["fused"] = gpu_encoder(encoder).forward_dense
+        forms["own kernels"] = gpu_encoder(encoder).forward_dense
         if not options.no_compile:
             forms["compiled"] = torch.compile(encoder.forward_dense, dynamic=True)
     rows = []

@@ -99,6 +99,7 @@ def test_reduced_jpeg_reaches_the_decoder_and_stays_close(model: ModelDirectory,
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports
 @pytest.mark.parametrize(
     ("options", "bound"),
     [

@@ -17,15 +17,26 @@ from tests.score_util import tiny_model
 INTERPRETED = """
 import torch
 from torch.nn import functional as F
-from edje_pipeline.models.gpu_kernels import add_norm, linear_gelu
+from edje_pipeline.models.gpu_kernels import add_norm, attention
 torch.manual_seed(0)
-for rows, inputs, outputs in ((5, 64, 32), (130, 128, 200)):
-    x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs) / 8, torch.randn(outputs)
-    torch.testing.assert_close(linear_gelu(x, weight, bias), F.gelu(F.linear(x, weight, bias)), atol=1e-4, rtol=1e-4)
+for pairs, length, heads, size in ((2, 5, 3, 16), (1, 40, 2, 32), (2, 17, 1, 64)):
+    qkv = torch.randn(pairs, length, 3 * heads * size)
+    parts = [part.view(pairs, length, heads, size).transpose(1, 2) for part in qkv.chunk(3, -1)]
+    want = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(qkv, heads), want, atol=1e-4, rtol=1e-4)
 for shape in ((3, 7, 48), (9, 384)):
     x, y, weight, bias = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1])
     want = F.layer_norm(x + y, shape[-1:], weight, bias, 1e-5)
     torch.testing.assert_close(add_norm(x, y, weight, bias, 1e-5), want, atol=1e-4, rtol=1e-4)
+from edje_pipeline.models.bert_layers import BertLayer
+from edje_pipeline.models.gpu_encoder import GpuBertLayer
+plain = BertLayer(64, 4, 128, 1e-12).eval()
+own, hidden = GpuBertLayer(plain), torch.randn(2, 9, 64)
+with torch.inference_mode():
+    for name in ("forward", "forward_first"):
+        found, want = getattr(own, name)(hidden), getattr(plain, name)(hidden)
+        torch.testing.assert_close(found, want, atol=2e-3, rtol=0)  # the tanh form of GELU
+        assert not torch.equal(found, want)
 print("equal")
 """
 

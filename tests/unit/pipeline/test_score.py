@@ -307,6 +307,7 @@ def test_bad_options(options: dict[str, object]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32")  # inductor's advice to give up float32
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports
 @pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
 def test_units_ahead_on_a_gpu_keep_their_pairs(
     tmp_path: Path, score_index: Index, score_pairs: list[tuple[str, str]], compiled: bool
