@@ -133,14 +133,20 @@ def start_of(inputs: Inputs, run: Run) -> Path:
 
 
 def continued(inputs: Inputs, run: Run) -> Path:
-    """The trained adapter and joint encoder of another run behind this run's backbone: the image size may differ."""
+    """The trained joint encoder of another run behind this run's backbone, whose image size may differ, and its
+    adapter, where it gives as many tokens."""
     target = inputs.work / "starts" / run.name
     if (target / "config.json").exists():
         return target
     fresh, trained = open_model(start_of(inputs, run)), open_model(inputs.work / "runs" / run.start / "model")
-    spec = replace(fresh.spec, adapter=trained.spec.adapter, joint_encoder=trained.spec.joint_encoder, name=run.name)
-    files = {part: fresh.path / f"{part}.safetensors" for part in ("backbone", "text_tower")}
-    files |= {part: trained.path / f"{part}.safetensors" for part in ("adapter", "joint_encoder")}
+    old, new = trained.spec.adapter, fresh.spec.adapter
+    has_same_adapter = (old.kind, old.num_compressed_tokens) == (new.kind, new.num_compressed_tokens)
+    spec = replace(
+        fresh.spec, adapter=old if has_same_adapter else new, joint_encoder=trained.spec.joint_encoder, name=run.name
+    )
+    owner = {"backbone": fresh, "text_tower": fresh, "joint_encoder": trained,
+             "adapter": trained if has_same_adapter else fresh}  # fmt: skip
+    files = {part: model.path / f"{part}.safetensors" for part, model in owner.items()}
     save_model(target, spec, tokenizer=fresh.path / "tokenizer.json", **files)  # type: ignore[arg-type]
     return target
 
@@ -279,7 +285,8 @@ def fill_caches(inputs: Inputs, runs: list[Run]) -> None:
     first: dict[tuple[str, int, int], Run] = {}
     for run in runs:
         start_of(inputs, run)
-        if not run.start and not run.teacher:
+        needed = [inputs.work / "runs" / name / "model" / "config.json" for name in (run.start, run.teacher) if name]
+        if all(path.exists() for path in needed):
             first.setdefault((run.data.rstrip("45"), run.image_size, run.recipe.views), run)
     commands = [
         [sys.executable, "-m", "benchmarks.recall_plan", *sys.argv[1:], "--fill", run.name] for run in first.values()

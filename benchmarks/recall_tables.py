@@ -1,0 +1,201 @@
+"""The recall tables out of what recall_plan.py measured.
+
+    python -m benchmarks.recall_tables WORK/results --metrics WORK --out benchmarks/results/recall_DEVICE_DATE.md
+
+Percent, with 95 % bootstrap intervals over queries; a gain is paired by query. Per artist, `all` is the mean over
+artists weighted by their queries, its interval from the artists' own (independent galleries and queries).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.recall_runs import HELD_OUT_ARTIST
+
+Row = dict[str, Any]
+POOL = 10
+OBJECTIVES = {
+    "base": "the recipe at 45 % of its steps, no distillation",
+    "with-distillation": "the same with distillation from `local`",
+    "no-itm": "with distillation, without ITM",
+    "no-mlm": "without MLM",
+    "no-recovery": "without text-embedding recovery",
+    "no-contrastive-after-warm-up": "without the contrastive loss after the warm-up",
+    "no-words": "without the words loss",
+    "no-warm-up": "without the warm-up",
+    "no-neighbours": "random batches instead of neighbours",
+    "one-hard-negative": "one hardest negative each way instead of the matrix",
+}
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))}
+    if not found:
+        print(f"no results in {options.results}")
+        return 1
+    lines = [*sizes(found), *codecs(found), *pools(found), *concepts(found), *photos(found), *objectives(found)]
+    devices = sorted({f"{one['device']}, torch {one['torch']}" for one in found.values()})
+    lines += ["", f"Trained and evaluated on: {'; '.join(devices)}.", ""]
+    lines += [f"- {name}: {one['run']['tokens']} tokens, {one['run']['num_layers']} layers, "
+              f"{one['last'].get('step', 0):,} steps, {one['train_s']:.0f} s with others beside it"
+              for name, one in found.items()]  # fmt: skip
+    text = "\n".join(lines) + "\n"
+    if options.out:
+        options.out.write_text(text)
+    sys.stdout.write(text)
+    return 0
+
+
+def pick(one: dict[str, Any], test: str, stage: str, codec: str, weight: float = 0.0, pool: int = POOL) -> Row | None:
+    """The row of a result, None when it was not measured."""
+    for row in one["rows"]:
+        same = (row["test"], row["stage"], row["codec"]) == (test, stage, codec)
+        if same and (stage == "first stage" or (row["pool"] == pool and row["fusion_weight"] == weight)):
+            return dict(row)
+    return None
+
+
+def codec_of(one: dict[str, Any]) -> str:
+    return "local" if one["run"]["tokens"] == "local" else "float16"
+
+
+def interval(value: dict[str, float], *, sign: bool = False) -> str:
+    return f"{value['mean']:{'+' if sign else ''}.1f} [{value['low']:.1f}, {value['high']:.1f}]"
+
+
+def line(label: str, row: Row, first: Row) -> str:
+    """One line: label, first stage, reranked, gain, R@5, MRR."""
+    cells = [label, interval(first["metrics"]["R@1"]), interval(row["metrics"]["R@1"]), interval(row["gain"], sign=True),
+             f"{row['metrics']['R@5']['mean']:.1f}", f"{row['metrics']['MRR']['mean']:.1f}"]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = ["| | first stage R@1 | reranked R@1 | gain | R@5 | MRR |", "|---|---|---|---|---|---|"]
+
+
+def sizes(found: dict[str, Any]) -> list[str]:
+    """The unseen artist, by number of tokens."""
+    lines = ["## An artist never trained on", "",
+             f"Trained on the drawings of four artists, tested on the fifth ({HELD_OUT_ARTIST}): its names over all its "
+             f"drawings, reranking the first stage's {POOL} best by the logit alone.", "", *HEADER]  # fmt: skip
+    for name in ("local", "64", "32", "16"):
+        if name in found:
+            one = found[name]
+            row = pick(one, "artist", "reranked", codec_of(one))
+            first = pick(one, "artist", "first stage", codec_of(one))
+            if row and first:
+                lines.append(line(f"{one['run']['tokens']} tokens", row, first))
+    return [*lines, ""]
+
+
+def codecs(found: dict[str, Any]) -> list[str]:
+    """The unseen artist, by codec, before and after the quantization-aware finish."""
+    lines = ["## Codecs, on the same artist", "", *HEADER]
+    for name in ("64", "64-quantized"):
+        for codec in found.get(name, {"run": {"codecs": []}})["run"]["codecs"]:
+            row = pick(found[name], "artist", "reranked", codec)
+            first = pick(found[name], "artist", "first stage", codec)
+            if row and first:
+                finish = "after the quantized phase" if name == "64-quantized" else "as trained"
+                lines.append(line(f"{codec}, {finish}", row, first))
+    return [*lines, ""]
+
+
+def pools(found: dict[str, Any]) -> list[str]:
+    """Pool sizes and fusion weights of the 64-token model on the unseen artist."""
+    if "64" not in found:
+        return []
+    lines = ["## Pool size and fusion, 64 tokens, on the same artist", "",
+             "| k | logit alone | + 5 s | + 10 s | + 20 s | + 40 s |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for pool in found["64"]["run"]["pools"]:
+        cells = [pick(found["64"], "artist", "reranked", "float16", weight, pool) for weight in (0, 5, 10, 20, 40)]
+        lines.append(
+            f"| {pool} | " + " | ".join(f"{c['metrics']['R@1']['mean']:.1f}" if c else "" for c in cells) + " |"
+        )
+    return [*lines, "", "s is the first stage's similarity; R@1.", ""]
+
+
+def best_weight(one: dict[str, Any], test: str) -> float:
+    """The fusion weight with the highest R@1 on a set that the result is not reported for."""
+    rows = [row for row in one["rows"] if row["test"] == test and row["stage"] == "reranked" and row["pool"] == POOL
+            and row["codec"] == codec_of(one)]  # fmt: skip
+    return float(max(rows, key=lambda row: row["metrics"]["R@1"]["mean"])["fusion_weight"]) if rows else 0.0
+
+
+def concepts(found: dict[str, Any]) -> list[str]:
+    """Concepts never trained on, each artist a gallery."""
+    if "64" not in found:
+        return []
+    one = found["64"]
+    weight = best_weight(one, "artist")
+    lines = ["## Concepts never trained on", "",
+             "The same 64-token model (four artists) on drawings of concepts it never saw, each artist a gallery of its "
+             f"own. The fusion weight {weight:g} is the best on the table above, whose drawings show trained concepts."]  # fmt: skip
+    for label, used in (("logit alone", 0.0), (f"logit + {weight:g} x similarity", weight)):
+        lines += ["", f"{label}:", "", *HEADER]
+        parts: list[tuple[Row, Row]] = []
+        for test in sorted({row["test"] for row in one["rows"] if row["test"].startswith("concepts-")}):
+            row, first = pick(one, test, "reranked", "float16", used), pick(one, test, "first stage", "float16")
+            if row and first:
+                parts.append((row, first))
+                lines.append(line(test.removeprefix("concepts-"), row, first))
+        lines.append(pooled(parts))
+        if weight == 0:
+            break
+    return [*lines, ""]
+
+
+def pooled(parts: list[tuple[Row, Row]]) -> str:
+    """The mean over artists, weighted by queries."""
+    total = sum(row["texts"] for row, _ in parts)
+
+    def mean(values: list[dict[str, float]]) -> dict[str, float]:
+        shares = [row["texts"] / total for row, _ in parts]
+        centre = sum(share * value["mean"] for share, value in zip(shares, values, strict=True))
+        spread = math.sqrt(sum((share * (value["high"] - value["low"]) / 2) ** 2
+                               for share, value in zip(shares, values, strict=True)))  # fmt: skip
+        return {"mean": centre, "low": centre - spread, "high": centre + spread}
+
+    merged = {"metrics": {name: mean([row["metrics"][name] for row, _ in parts]) for name in ("R@1", "R@5", "MRR")},
+              "gain": mean([row["gain"] for row, _ in parts])}  # fmt: skip
+    return line(f"all {total} queries", merged, {"metrics": {"R@1": mean([f["metrics"]["R@1"] for _, f in parts])}})
+
+
+def photos(found: dict[str, Any]) -> list[str]:
+    """Photographs."""
+    lines = ["## Photographs", "", "700 photographs to train on, 100 others to ask for (five captions each).", "",
+             *HEADER]  # fmt: skip
+    for name in ("photos", "photos-after-emoji"):
+        if name in found:
+            for weight in (0.0, 5.0, 10.0, 20.0, 40.0):
+                row = pick(found[name], "photos", "reranked", "float16", weight)
+                first = pick(found[name], "photos", "first stage", "float16")
+                if row and first:
+                    lines.append(line(f"{name}, logit + {weight:g} x similarity", row, first))
+    return [*lines, ""]
+
+
+def objectives(found: dict[str, Any]) -> list[str]:
+    """The parts of the objective."""
+    lines = ["## Parts of the objective, 16 tokens, the unseen artist", "", *HEADER]
+    for name, label in OBJECTIVES.items():
+        if name in found:
+            row = pick(found[name], "artist", "reranked", "float16")
+            first = pick(found[name], "artist", "first stage", "float16")
+            if row and first:
+                lines.append(line(label, row, first))
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
