@@ -24,7 +24,7 @@ class Augmentation:
     zoom: float = 0.25
     """Of the scale: 0.25 draws from 1 / 1.25 to 1.25."""
     shift: float = 0.08
-    """Of the width and the height."""
+    """Of the width and the height; positive draws move to the left and up."""
     rotation: float = 10.0
     """Degrees."""
     brightness: float = 0.25
@@ -45,16 +45,18 @@ def augment(pixels: Tensor, draws: np.ndarray, how: Augmentation) -> Tensor:
         how: the largest changes.
 
     Returns:
-        (B, H, W, 3) uint8. What comes in from outside the image repeats its edge.
+        (B, H, W, 3) uint8, each image independent of the others. What comes in from outside the image repeats its edge.
     """
     device = pixels.device
-    zoom, right, down, turn, light, contrast, colour = torch.from_numpy(draws).to(device).T
+    zoom, left, up, turn, light, contrast, colour = torch.from_numpy(draws).to(device).T
     scale = (1 + how.zoom) ** -zoom
     angle = turn * how.rotation * torch.pi / 180
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    # Coordinates run from -1 to 1, so a shift by a share of the width is twice that share.
-    rows = [cos, -sin, 2 * how.shift * right, sin, cos, 2 * how.shift * down]
     images = pixels.permute(0, 3, 1, 2).float()
+    height, width = images.shape[2:]
+    # The grid says where an output pixel comes from. Its coordinates run from -1 to 1 along each side, so a shift by
+    # a share of the width is twice that share, and a turn has to know how the sides differ.
+    rows = [cos, -sin * (height / width), 2 * how.shift * left, sin * (width / height), cos, 2 * how.shift * up]
     grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     weights = torch.tensor(GREY, device=device)[None, :, None, None]

@@ -165,7 +165,11 @@ def prepare(job: TrainJob, collective: Collective) -> Prepared:
     neighbours = nearest_texts(text_embeddings) if wants_neighbours else None
     if neighbours is not None and job.recipe.neighbours_by == "first-stage":
         if image_embeddings is None:
-            raise ConfigError("neighbours-by = 'first-stage' needs a first stage, which this model does not have")
+            raise ConfigError(
+                "neighbours-by = 'first-stage' needs the first stage's image embeddings, which cannot be had from "
+                "this model and these tokens; train from --images, use a model with a first stage, or "
+                "neighbours-by = 'texts'"
+            )
         neighbours = np.concatenate([neighbours, confused_texts(text_embeddings, image_embeddings, captions)], axis=1)
     sampler = PairSampler(captions, job.recipe.seed, neighbours, num_views=job.recipe.views)
     state = TrainState(

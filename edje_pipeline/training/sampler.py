@@ -63,7 +63,7 @@ def confused_texts(
         int32 (T, min(num, n)). A text's own name can be among them; the sampler leaves seen images out.
     """
     first = np.array([int(numbers[0]) for numbers in captions.text_numbers], np.int32)
-    num = min(num, len(first) - 1)
+    num = min(num, len(first))
     found = np.empty((len(text_embeddings), num), np.int32)
     for start in range(0, len(text_embeddings), CHUNK_ROWS):
         scores = text_embeddings[start : start + CHUNK_ROWS] @ image_embeddings.T

@@ -6,6 +6,7 @@ that `cache_tokens` writes, an epoch costs no vision forward.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -208,9 +209,27 @@ def cache_tokens(source: ImageTokens, directory: Path, fingerprint: str, num_vie
         return CachedTokens(directory, source.image_ids)
     directory.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
-    total = len(source.image_ids)
-    if not total:
+    if not source.image_ids:
         raise ConfigError("the corpus has no image to train on")
+    # Renamed when whole: another run may have the old file mapped, which must not change or shrink under it.
+    unfinished = directory / f"tokens-{os.getpid()}.tmp.npy"
+    try:
+        pooled = _encode_all(source, unfinished, num_views)
+        unfinished.replace(directory / "tokens.npy")
+    finally:
+        unfinished.unlink(missing_ok=True)
+    (directory / "pooled.npy").unlink(missing_ok=True)
+    if pooled is not None:
+        np.save(directory / "pooled.npy", pooled)
+    fsync_dir(directory)
+    # Written last: a cache without it is not used.
+    Location.parse(marker).write_bytes(fingerprint.encode())
+    return CachedTokens(directory, source.image_ids)
+
+
+def _encode_all(source: ImageTokens, path: Path, num_views: int) -> np.ndarray | None:
+    """Writes the tokens of all views to `path`; returns the pooled vectors of view 0."""
+    total = len(source.image_ids)
     pooled_parts: list[np.ndarray] = []
     tokens: np.ndarray | None = None
     for positions, pixels in source.decoded_batches():
@@ -218,17 +237,11 @@ def cache_tokens(source: ImageTokens, directory: Path, fingerprint: str, num_vie
             part, pooled = source.encode(pixels, positions, np.full(len(positions), view))
             if tokens is None:
                 tokens = np.lib.format.open_memmap(
-                    directory / "tokens.npy", mode="w+", dtype=np.float16, shape=(num_views, total, *part.shape[1:])
+                    path, mode="w+", dtype=np.float16, shape=(num_views, total, *part.shape[1:])
                 )
             tokens[view, positions] = part
             if pooled is not None and view == 0:
                 pooled_parts.append(pooled)
     assert isinstance(tokens, np.memmap)
     tokens.flush()
-    (directory / "pooled.npy").unlink(missing_ok=True)
-    if pooled_parts:
-        np.save(directory / "pooled.npy", np.concatenate(pooled_parts))
-    fsync_dir(directory)
-    # Written last: a cache without it is not used.
-    Location.parse(marker).write_bytes(fingerprint.encode())
-    return CachedTokens(directory, source.image_ids)
+    return np.concatenate(pooled_parts) if pooled_parts else None

@@ -65,6 +65,24 @@ def test_values_that_do_not_work() -> None:
         Recipe((Phase("p", 1, negatives=NegativeSpec(3, 0, 1)),))
 
 
+def test_views_and_what_makes_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('views = 8\nneighbours-by = "first-stage"\n' + TOML)
+    recipe = read_recipe(tmp_path / "r.toml")
+    assert (recipe.views, recipe.neighbours_by) == (8, "first-stage")
+    (tmp_path / "plain.toml").write_text(TOML)
+    plain = read_recipe(tmp_path / "plain.toml")
+    assert (plain.views, plain.neighbours_by) == (1, "texts")
+    assert len({recipe.fingerprint, plain.fingerprint, Recipe(plain.phases, seed=4, views=2).fingerprint}) == 3
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_dict({"views": 0, "neighbours-by": "luck", "phase": [{"name": "a", "steps": 1}]})
+    assert "views is 0, expected at least 1" in str(caught.value)
+    assert "neighbours-by is 'luck', expected 'texts' or 'first-stage'" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"no key 'view' \(did you mean 'views'"):
+        recipe_from_dict({"view": 2, "phase": [{"name": "a", "steps": 1}]})
+    with pytest.raises(ConfigError):
+        recipe_from_dict({"views": "many", "phase": [{"name": "a", "steps": 1}]})
+
+
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         read_recipe(tmp_path / "no.toml")

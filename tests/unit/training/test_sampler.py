@@ -8,7 +8,7 @@ import pytest
 from edje_pipeline.errors import TrainingError
 from edje_pipeline.training.data import Captions
 from edje_pipeline.training.recipe import Phase
-from edje_pipeline.training.sampler import PairSampler, nearest_texts
+from edje_pipeline.training.sampler import PairSampler, confused_texts, nearest_texts
 from tests.training_helpers import tiny_captions
 
 
@@ -76,3 +76,64 @@ def test_parts_share_the_batch() -> None:
     batch = PairSampler(tiny_captions(), 0).batch(Phase("p", 1), 0, 0, 8)
     parts = [batch.part(number, 2) for number in range(2)]
     assert sorted(np.concatenate([part.images for part in parts]).tolist()) == sorted(batch.images.tolist())
+
+
+def test_views_are_a_function_of_seed_phase_and_step() -> None:
+    captions, phase = tiny_captions(), Phase("p", 10, batch_size=8)
+    sampler = PairSampler(captions, 5, num_views=4)
+    forward = [sampler.batch(phase, 1, step, 8).views for step in range(40)]
+    fresh = PairSampler(captions, 5, num_views=4)
+    for step in (39, 0, 17):
+        assert np.array_equal(fresh.batch(phase, 1, step, 8).views, forward[step])
+    assert np.unique(np.concatenate(forward)).tolist() == [0, 1, 2, 3]
+    for other in (
+        PairSampler(captions, 6, num_views=4).batch(phase, 1, 0, 8),
+        fresh.batch(phase, 2, 0, 8),
+        fresh.batch(phase, 1, 1, 8),
+    ):
+        assert not np.array_equal(other.views, forward[0])
+
+
+def test_the_number_of_views_does_not_change_the_pairs() -> None:
+    captions, phase = tiny_captions(), Phase("p", 10, batch_size=6, neighbours=0.5)
+    nearest = np.tile(np.arange(8, dtype=np.int32), (len(captions.texts), 1))
+    for step in range(5):
+        one = PairSampler(captions, 5, nearest).batch(phase, 0, step, 6)
+        eight = PairSampler(captions, 5, nearest, num_views=8).batch(phase, 0, step, 6)
+        assert np.array_equal(one.images, eight.images)
+        assert np.array_equal(one.texts, eight.texts)
+        assert not one.views.any()
+
+
+def test_parts_split_views_along() -> None:
+    batch = PairSampler(tiny_captions(), 0, num_views=9).batch(Phase("p", 1), 0, 0, 8)
+    for number in range(3):
+        part = batch.part(number, 3)
+        places = [place for place in range(8) if place % 3 == number]
+        for name in ("images", "texts", "views"):
+            assert getattr(part, name).tolist() == [getattr(batch, name)[place] for place in places]
+
+
+def test_confused_texts_by_hand() -> None:
+    # Images 0 and 2 share their first caption; text 3 is a second caption of image 1.
+    captions = Captions(("i0", "i1", "i2", "i3"), (("cat",), ("dog", "pet"), ("cat",), ("car",)))
+    assert captions.texts == ("cat", "dog", "pet", "car")
+    images = np.array([[1, 0], [0.8, 0.6], [0.6, 0.8], [0, 1]], np.float32)
+    texts = np.array([[1, 0], [0.6, 0.8], [0.28, 0.96], [0, 1]], np.float32)
+    # Scores of "cat": 1, .8, .6, 0; "dog": .6, .96, 1, .8; "pet": .28, .8, .936, .96; "car": 0, .6, .8, 1.
+    found = confused_texts(texts, images, captions, num=2)
+    assert found.dtype == np.int32
+    assert [sorted(row) for row in found.tolist()] == [[0, 1], [0, 1], [0, 3], [0, 3]]
+    every = confused_texts(texts, images, captions, num=48)
+    assert [sorted(row) for row in every.tolist()] == [[0, 0, 1, 3]] * 4
+
+
+def test_confused_texts_become_neighbours() -> None:
+    captions = Captions(tuple(f"{n}" for n in range(40)), tuple((f"t{n}",) for n in range(40)))
+    angle = (np.arange(40) * 7 % 40) * 2 * np.pi / 40
+    images = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    # The first stage takes the image 20 further on for a text's own.
+    confused = confused_texts(np.roll(images, -20, axis=0), images, captions, num=1)
+    assert confused[:, 0].tolist() == [(n + 20) % 40 for n in range(40)]
+    images_of = set(PairSampler(captions, 0, confused).batch(Phase("p", 1, neighbours=0.5), 0, 0, 8).images.tolist())
+    assert sum((image + 20) % 40 in images_of for image in images_of) >= 6
