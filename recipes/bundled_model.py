@@ -34,6 +34,7 @@ from edje_pipeline.pipeline.extract import ExtractConfig, run_extract
 from edje_pipeline.pipeline.runner import ExecutorOptions
 from edje_pipeline.stages.score_pairs import resolve_device
 from edje_pipeline.training.backbone_distillation import DistillationPlan, Pictures, distil_backbone
+from edje_pipeline.training.metrics_log import read_metrics
 from edje_pipeline.training.recipe import Phase, read_recipe
 from edje_pipeline.training.run import TrainJob, train
 from edje_pipeline.training.token_source import ImageTokens
@@ -273,6 +274,15 @@ def main() -> int:
     return 0
 
 
+def how_trained(options: argparse.Namespace) -> str:
+    """How far the run went, for the card; BUILD/note.txt adds what else there is to say about it."""
+    steps = max(int(record["step"]) for record in read_metrics(options.out / "run" / "metrics.jsonl"))
+    total = read_recipe(options.recipe).total_steps
+    note = options.out / "note.txt"
+    text = f"Training: {steps:,} of the {total:,} steps of recipes/{options.recipe.name}."
+    return text + (f" {note.read_text().strip()}" if note.exists() else "")
+
+
 def publish(options: argparse.Namespace, model: str, evaluation: Path) -> None:
     """The compact copy inside the package."""
     import edje_pipeline
@@ -283,7 +293,12 @@ def publish(options: argparse.Namespace, model: str, evaluation: Path) -> None:
     files = {
         part: trained.path / f"{part}.safetensors" for part in ("backbone", "adapter", "joint_encoder", "text_tower")
     }
-    card = card_text(json.loads(evaluation.read_text()), json.loads((options.out / "student.json").read_text()))
+    demo = options.out / "demo.json"
+    card = card_text(
+        json.loads(evaluation.read_text()), json.loads((options.out / "student.json").read_text()),
+        spec=trained.spec, storages=COMPACT, training=how_trained(options),
+        demo=json.loads(demo.read_text()) if demo.exists() else None,
+    )  # fmt: skip
     made = save_model(target, trained.spec, tokenizer=trained.path / "tokenizer.json", card=card, compact=COMPACT,
                       overwrite=True, **files)  # type: ignore[arg-type]  # fmt: skip
     size = sum(path.stat().st_size for path in made.path.iterdir())

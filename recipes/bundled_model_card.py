@@ -110,7 +110,7 @@ too (<https://www.apache.org/licenses/LICENSE-2.0>). The program around them is 
 
     {command}
 
-{distillation}
+{distillation}{training}
 """
 
 
@@ -121,6 +121,7 @@ def card_text(
     spec: ModelSpec | None = None,
     storages: Mapping[str, str] | None = None,
     demo: Mapping[str, Any] | None = None,
+    training: str = "",
 ) -> str:
     """MODEL_CARD.md.
 
@@ -130,6 +131,7 @@ def card_text(
         spec: of the model, for a table of its parts.
         storages: part -> how its weights are stored, for the same table.
         demo: what `edje-pipeline demo --format json` printed, to be cited too.
+        training: one paragraph on how far the training went, and anything else to know about it.
 
     Raises:
         ValueError: nothing was evaluated.
@@ -143,6 +145,7 @@ def card_text(
         evaluation="\n".join([*evaluation_lines(evaluation), *(demo_lines(demo) if demo else ())]),
         command=COMMAND,
         distillation="\n".join(distillation_lines(student)),
+        training=f"\n{training}\n" if training else "",
     )
 
 

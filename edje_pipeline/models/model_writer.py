@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from edje_pipeline.models.tokenizer import Tokenizer
 
+READABLE = 0o644
 Weights: TypeAlias = "nn.Module | Mapping[str, Tensor] | Path"
 """A module, its state dict, or a safetensors file to copy as it is."""
 
@@ -124,6 +125,8 @@ def _write(path: Path, value: Any) -> None:
         shutil.copyfile(value, path)
     else:
         write_tensors(path, value.state_dict() if hasattr(value, "state_dict") else value)
+    # safetensors writes for its owner alone; a model directory is as public as any other file.
+    path.chmod(READABLE)
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 

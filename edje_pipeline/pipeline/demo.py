@@ -110,6 +110,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
     scores = pa.concat_tables([pq.read_table(root / "scores" / path) for path in scored.result_paths])
     reranked = _ranked(_fused(scores, config.fusion_weight))
     known = {drawing.image_id for drawing in drawings}
+    kept_apart = {drawing.image_id for drawing in drawings if name == EMOJI_MODEL and not drawing.is_trained_on}
     apart = {query_id: drawing for query_id, drawing in measured.items() if not drawing.is_trained_on}
     return DemoResult(
         directory=str(root),
@@ -131,6 +132,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
                 _shown(first_stage[f"show-{number}"]),
                 _shown(reranked[f"show-{number}"]),
                 wanted=slug(query) if f"{slug(query)}.png" in known else None,
+                is_trained_on=f"{slug(query)}.png" not in kept_apart,
             )
             for number, query in enumerate(config.queries)
         ],

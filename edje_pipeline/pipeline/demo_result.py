@@ -8,6 +8,7 @@ from typing import Any
 from edje_pipeline.progress import format_bytes, format_duration
 
 SHOWN = 3
+UNTRAINED_MARK = "*"
 MARK = ">"
 QUERY_WIDTH, IMAGE_WIDTH = 24, 24
 NOTES = {
@@ -34,6 +35,8 @@ class QueryRow:
     reranked: list[str]
     wanted: str | None = None
     """The drawing of that name, where there is one."""
+    is_trained_on: bool = True
+    """False: the concept was kept apart when the bundled model was trained."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,12 @@ class DemoResult:
         for row in self.rows:
             for place, pair in enumerate(zip(row.first_stage, row.reranked, strict=True)):
                 marked = (f"{MARK if name == row.wanted else ' '} {_cut(name, IMAGE_WIDTH)}" for name in pair)
-                lines.append(_columns((_cut(row.query, QUERY_WIDTH) if place == 0 else "", *marked)))
+                query = row.query if row.is_trained_on else f"{row.query} {UNTRAINED_MARK}"
+                lines.append(_columns((_cut(query, QUERY_WIDTH) if place == 0 else "", *marked)))
             lines.append("")
         lines += [
-            f"{MARK} the drawing of that name",
+            f"{MARK} the drawing of that name"
+            + ("" if all(row.is_trained_on for row in self.rows) else f"   {UNTRAINED_MARK} not trained on"),
             *([f"  reranked by logit + {self.fusion_weight:g} x first-stage similarity"] if self.fusion_weight else []),
             "",
             f"{'the named drawing comes first':31} {'names':>6} {'first stage':>11} {'reranked':>9}",
