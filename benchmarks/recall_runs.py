@@ -153,15 +153,18 @@ def final() -> list[Run]:
 
 def compress() -> list[Run]:
     """Compressed adapters behind the local model's joint encoder, in a size for a CPU: needs WORK/runs/local/model."""
-    begin = warm_up(200, batch_size=96, learning_rate=3e-5, adapter_rate=15.0, dropout=0.0)
-    pairs = matrix(
-        1200, batch_size=12, learning_rate=5e-5, adapter_rate=8.0, dropout=0.0, negatives=NegativeSpec(0, 11),
-        weights=LossWeights(itm=1.0, distillation=1.0, contrastive=0.3, words=0.3),
+    imitate = warm_up(
+        600, name="tokens", batch_size=128, learning_rate=1e-3, adapter_rate=1.0, token_dropout=0.0, dropout=0.0,
+        weights=LossWeights(tokens=1.0),
     )  # fmt: skip
-    finish = replace(pairs, name="quantized", steps=150, learning_rate=1e-5, quantize="opq16", token_dropout=0.0)
-    plan = recipe(begin, pairs, views=2, precision="bfloat16", validate_every=300)
+    pairs = matrix(
+        400, batch_size=12, learning_rate=3e-5, adapter_rate=5.0, token_dropout=0.0, dropout=0.0,
+        negatives=NegativeSpec(0, 11), weights=LossWeights(itm=1.0, distillation=1.0, tokens=0.3),
+    )  # fmt: skip
+    finish = replace(pairs, name="quantized", steps=100, learning_rate=1e-5, quantize="opq16")
+    plan = recipe(imitate, pairs, views=2, precision="bfloat16", validate_every=200)
     common = {"num_layers": 3, "teacher": "local", "start": "local"}
-    runs = [Run(f"from-local-{tokens}", plan, tokens=tokens, **common) for tokens in ("64", "16", "32")]  # type: ignore[arg-type]
+    runs = [Run(f"from-local-{tokens}", plan, tokens=tokens, **common) for tokens in ("64", "32", "16")]  # type: ignore[arg-type]
     last = recipe(finish, views=2, precision="bfloat16", calibrate_adapter=False)
     runs[0] = replace(runs[0], codecs=("float16", "int8", "int4", "opq16"), pools=(5, 10, 20))
     return [*runs, Run("from-local-64-quantized", last, num_layers=3, teacher="local", start="from-local-64",

@@ -6,6 +6,8 @@ C embedding width. All are computed in float32 and return a scalar.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -88,3 +90,33 @@ def words_loss(tokens_bme: Tensor, words_we: Tensor, rows_bl: Tensor, is_word_bl
     scores = (WORD_SCALE * cosines).logsumexp(dim=1).log_softmax(dim=-1)
     own = scores.gather(1, rows_bl.masked_fill(~is_word_bl, 0)).masked_fill(~is_word_bl, 0)
     return -(own.sum(dim=1) / is_word_bl.sum(dim=1).clamp(min=1)).mean()
+
+
+def token_loss(student_bme: Tensor, teacher_bne: Tensor) -> Tensor:
+    """Token distillation: compressed tokens against the local teacher's, averaged down to as many.
+
+    Not in the paper. The local teacher's tokens already mean something to its joint encoder; an adapter that
+    gives (averages of) the same tokens can go on with that encoder, and learning them takes no pair at all.
+
+    Args:
+        student_bme: (B, M, E).
+        teacher_bne: (B, N, E), row by row over the image. Averaged over a grid where N and M are squares, else
+            over runs of neighbours in that order.
+
+    Returns:
+        The mean squared difference as a share of the targets' variance: 1 is no better than their mean.
+    """
+    target = average_tokens(teacher_bne.float(), student_bme.shape[1])
+    centred = target - target.mean(dim=(0, 1))
+    return (student_bme.float() - target).square().mean() / centred.square().mean().clamp(min=1e-12)
+
+
+def average_tokens(tokens_bne: Tensor, num: int) -> Tensor:
+    """(B, N, E) -> (B, num, E) by averaging neighbours."""
+    side, wanted = math.isqrt(tokens_bne.shape[1]), math.isqrt(num)
+    channels_first = tokens_bne.transpose(1, 2)
+    if side**2 == tokens_bne.shape[1] and wanted**2 == num:
+        grid = channels_first.reshape(*channels_first.shape[:2], side, side)
+        maps = F.adaptive_avg_pool2d(grid, (wanted, wanted))
+        return maps.flatten(2).transpose(1, 2)
+    return F.adaptive_avg_pool1d(channels_first, num).transpose(1, 2)

@@ -78,6 +78,12 @@ class Teacher:
     encoder: JointEncoder
 
     @torch.no_grad()
+    def tokens(self, vision_tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, E)."""
+        found: Tensor = self.adapter(vision_tokens)
+        return found
+
+    @torch.no_grad()
     def logits(self, batch: MicroBatch, plan: PairPlan) -> Tensor:
         """(P,) logits of the planned pairs."""
         images, position = torch.unique(plan.image_p, return_inverse=True)
@@ -137,6 +143,10 @@ def compute_losses(
         )
     if weights.words:
         found["words"] = _words(learner, batch, tokens[row_of[own]])
+    if weights.tokens:
+        if teacher is None:
+            raise TrainingError("token distillation has a weight but there is no teacher; give one with --teacher")
+        found["tokens"] = losses.token_loss(tokens[row_of[own]], teacher.tokens(batch.vision_tokens[own]))
     return found
 
 

@@ -48,6 +48,8 @@ class LossWeights:
     contrastive: float = 0.0
     words: float = 0.0
     """Image tokens near the words of the caption; see `losses.words_loss`."""
+    tokens: float = 0.0
+    """Compressed tokens near the local teacher's, averaged; see `losses.token_loss`. Needs no joint encoder."""
 
 
 @dataclass(frozen=True)
