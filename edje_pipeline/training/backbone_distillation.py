@@ -83,15 +83,26 @@ class Targets:
             tokens, pooled = self.teacher.trunk(self.teacher.normalise(resized))
         if pooled is None:
             raise ConfigError("the teacher has no pooled vector; give it embedding=cls_mean or mean")
-        side = math.isqrt(tokens.shape[1])
-        if side * side != tokens.shape[1]:
-            raise ConfigError(f"the teacher's {tokens.shape[1]} tokens are no square grid")
+        side = square_side(self.teacher, "teacher")
         maps = tokens.float().transpose(1, 2).unflatten(2, (side, side))
         return F.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2), pooled.float()
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tokens, pooled = self.raw(pixels)
         return ((tokens - self.mean) / self.std).clone(), pooled.clone()
+
+
+def square_side(backbone: Backbone, role: str) -> int:
+    """Tokens along each side of the grid.
+
+    Raises:
+        ConfigError: the tokens, or the image they stand for, are not square.
+    """
+    total, (height, width) = backbone.spec.num_vision_tokens, backbone.preprocess.image_size
+    side = math.isqrt(total)
+    if side * side != total or height != width:
+        raise ConfigError(f"the {role}'s {total} tokens of a {height} x {width} image are no square grid")
+    return side
 
 
 class Imitation(nn.Module):
@@ -114,7 +125,7 @@ def distil_backbone(
     device: str = "cpu",
     report: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, float]:
-    """Trains the student's trunk in place.
+    """Trains the student's trunk in place; afterwards, also after an error, it is frozen and in eval mode.
 
     Args:
         student: any backbone with a square grid of tokens and a pooled vector.
@@ -129,16 +140,16 @@ def distil_backbone(
         `token_cosine` and `pooled_cosine` on `held_out`: mean cosine with the (standardised) targets.
 
     Raises:
-        ConfigError: a backbone without a square grid or a pooled vector, or fewer images than a batch.
+        ConfigError: a backbone without a square grid or a pooled vector, fewer images than a batch, none held out.
         TrainingError: a loss is not finite.
     """
     if len(train.pixels) < plan.batch_size:
         raise ConfigError(f"{len(train.pixels)} images do not fill a batch of {plan.batch_size}; lower batch_size")
+    if not len(held_out.pixels):
+        raise ConfigError("there are no held-out images to measure the student on")
     on = torch.device(device)
     torch.manual_seed(plan.seed)
-    side = math.isqrt(student.spec.num_vision_tokens)
-    if side * side != student.spec.num_vision_tokens:
-        raise ConfigError(f"the student's {student.spec.num_vision_tokens} tokens are no square grid")
+    side = square_side(student, "student")
     targets = Targets(teacher, (side, side), on)
     pixels = torch.from_numpy(train.pixels).to(on)
     targets.fit(pixels[torch.from_numpy(_order(plan.seed, 0, len(pixels))[:STATISTICS_IMAGES]).to(on)])
@@ -151,8 +162,6 @@ def distil_backbone(
         sizes[0][0].shape[2], sizes[0][1].shape[1], sizes[1][0].shape[2], sizes[1][1].shape[1],
         train.text_embeddings.shape[1],
     ).to(on)  # fmt: skip
-    student.trunk.requires_grad_(True)
-    student.trunk.train()
     modules = nn.ModuleList([student.trunk, heads])
     matrices = [p for p in modules.parameters() if p.ndim > 1]
     others = [p for p in modules.parameters() if p.ndim <= 1]
@@ -160,28 +169,32 @@ def distil_backbone(
         [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
     )
     texts = torch.from_numpy(train.text_embeddings).to(on)
-    for step in range(plan.steps):
-        chosen = _batch(plan, step, len(pixels))
-        rate = plan.learning_rate * _factor(step, plan)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        draws = plan.augmentation.draw([[plan.seed, step, int(image)] for image in chosen])
-        views = augment(pixels[torch.from_numpy(chosen).to(on)], draws, plan.augmentation)
-        numbers = torch.from_numpy(train.texts[chosen]).to(on)
-        found = _losses(student, heads, targets, views, texts[numbers], numbers, plan)
-        loss = found["tokens"] + plan.pooled_weight * found["pooled"] + plan.text_weight * found["text"]
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % plan.log_every == 0 or step + 1 == plan.steps:
-            values = {name: round(float(value.detach()), 4) for name, value in found.items()}
-            if not all(math.isfinite(value) for value in values.values()):
-                raise TrainingError(f"the loss of step {step + 1} is not finite: {values}; lower learning_rate")
-            if report is not None:
-                report({"step": step + 1, "learning_rate": rate, **values})
-    student.trunk.eval()
-    student.trunk.requires_grad_(False)
+    student.trunk.requires_grad_(True)
+    student.trunk.train()
+    try:
+        for step in range(plan.steps):
+            chosen = _batch(plan, step, len(pixels))
+            rate = plan.learning_rate * _factor(step, plan)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            draws = plan.augmentation.draw([[plan.seed, step, int(image)] for image in chosen])
+            views = augment(pixels[torch.from_numpy(chosen).to(on)], draws, plan.augmentation)
+            numbers = torch.from_numpy(train.texts[chosen]).to(on)
+            found = _losses(student, heads, targets, views, texts[numbers], numbers, plan)
+            loss = found["tokens"] + plan.pooled_weight * found["pooled"] + plan.text_weight * found["text"]
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+            optimizer.step()
+            if (step + 1) % plan.log_every == 0 or step + 1 == plan.steps:
+                values = {name: round(float(value.detach()), 4) for name, value in found.items()}
+                if not all(math.isfinite(value) for value in values.values()):
+                    raise TrainingError(f"the loss of step {step + 1} is not finite: {values}; lower learning_rate")
+                if report is not None:
+                    report({"step": step + 1, "learning_rate": rate, **values})
+    finally:
+        student.trunk.eval()
+        student.trunk.requires_grad_(False)
     return _agreement(student, heads.eval(), targets, held_out, on)
 
 
