@@ -106,3 +106,24 @@ def test_autocast_does_not_round_the_cosines() -> None:
     plain = both()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert both() == plain
+
+
+def test_average_tokens_of_a_grid_are_the_means_of_its_quarters() -> None:
+    grid = torch.arange(16.0).reshape(1, 16, 1)
+    found = losses.average_tokens(grid, 4)[0, :, 0].tolist()
+    assert found == [(0 + 1 + 4 + 5) / 4, (2 + 3 + 6 + 7) / 4, (8 + 9 + 12 + 13) / 4, (10 + 11 + 14 + 15) / 4]
+
+
+def test_average_tokens_without_a_grid_are_means_of_neighbours() -> None:
+    row = torch.arange(6.0).reshape(1, 6, 1)
+    assert losses.average_tokens(row, 3)[0, :, 0].tolist() == [0.5, 2.5, 4.5]
+
+
+def test_token_loss_is_a_share_of_the_targets_variance() -> None:
+    teacher = torch.randn(5, 16, 3, generator=torch.Generator().manual_seed(0))
+    target = losses.average_tokens(teacher, 4)
+    assert losses.token_loss(target, teacher).item() == 0.0
+    at_the_mean = target.mean(dim=(0, 1)).expand_as(target)
+    assert losses.token_loss(at_the_mean, teacher).item() == pytest.approx(1.0, rel=1e-5)
+    spread = (target - target.mean(dim=(0, 1))).square().mean().item()
+    assert losses.token_loss(target + 2.0, teacher).item() == pytest.approx(4.0 / spread, rel=1e-5)

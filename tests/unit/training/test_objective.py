@@ -81,6 +81,18 @@ def test_distillation_from_itself_has_no_gradient(model: ModelDirectory, batch: 
         losses_of(model, learner, batch, phase)
 
 
+def test_token_distillation_trains_the_adapter_alone(
+    model: ModelDirectory, learner: Learner, batch: MicroBatch
+) -> None:
+    teacher = tiny_learner(model).requires_grad_(False)
+    phase = Phase("p", 1, weights=LossWeights(tokens=1.0))
+    losses_of(model, learner, batch, phase, teacher=Teacher(teacher.adapter, teacher.encoder))["tokens"].backward()
+    touched = {name.split(".")[0] for name, value in learner.named_parameters() if value.grad is not None}
+    assert touched == {"adapter"}
+    with pytest.raises(TrainingError, match="--teacher"):
+        losses_of(model, learner, batch, phase)
+
+
 def test_mlm_sees_the_image(model: ModelDirectory, learner: Learner, batch: MicroBatch) -> None:
     phase = Phase("p", 1, weights=LossWeights(mlm=1.0))
     losses_of(model, learner, batch, phase)["mlm"].backward()
