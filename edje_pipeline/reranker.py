@@ -122,17 +122,24 @@ def open_scorer(
     device: str | None = None,
     batch_tokens: int | None = None,
     compiled: bool = False,
+    kernels: str = "torch",
 ) -> OpenScorer:
-    """Loads the joint encoder that goes with an index; `compiled`: by `torch.compile`.
+    """Loads the joint encoder that goes with an index; `compiled`: by `torch.compile`; `kernels`: `torch` or `own`.
 
     Raises:
         ModelNotFoundError, ShapeMismatchError, IndexStateError: see `open_fitting_model`.
-        ConfigError, DeviceError: the device or the precision cannot be had here.
+        ConfigError, DeviceError: the device, the precision or the kernels cannot be had here.
     """
     directory = open_fitting_model(index, model)
     encoder = directory.load_joint_encoder()
     scorer = PairScorer(
-        encoder, index.codec, device=device, precision=precision, batch_tokens=batch_tokens, compiled=compiled
+        encoder,
+        index.codec,
+        device=device,
+        precision=precision,
+        batch_tokens=batch_tokens,
+        compiled=compiled,
+        kernels=kernels,
     )
     return OpenScorer(directory, directory.load_tokenizer(), scorer)
 
@@ -152,6 +159,7 @@ class Reranker:
         model: str | Path | None = None,
         precision: str | None = None,
         device: str | None = None,
+        kernels: str = "torch",
     ) -> Reranker:
         """Opens the model for an index.
 
@@ -160,14 +168,16 @@ class Reranker:
             model: directory, `hf:org/name` or bundled name; None: the one the index was made with.
             precision: `float32`, `bfloat16` or `int8` (CPU only); None: what suits the device.
             device: `cpu`, `cuda`, `cuda:1`; None: the GPU when there is one.
+            kernels: `torch`, or `own`: an experiment for bfloat16 on a GPU, see docs/performance.md.
 
         Raises:
             ModelNotFoundError: there is no such model.
             IndexStateError, ShapeMismatchError: the index was made with another model.
-            DeviceError: the device is not there.
+            ConfigError: precision or kernels are not for the device.
+            DeviceError: the device is not there, or cannot run the kernels.
         """
         opened = index if isinstance(index, Index) else Index.open(str(index))
-        return cls(opened, open_scorer(opened, model, precision=precision, device=device))
+        return cls(opened, open_scorer(opened, model, precision=precision, device=device, kernels=kernels))
 
     @property
     def precision(self) -> str:

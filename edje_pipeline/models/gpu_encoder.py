@@ -1,4 +1,8 @@
-"""The joint encoder's layers for inference on a GPU, with the kernels of `gpu_kernels`.
+"""The joint encoder's layers with our own kernels for a GPU: an experiment, chosen by `kernels="own"`.
+
+A sum and its LayerNorm are one pass (`gpu_kernels`), GELU happens inside the matrix product;
+attention is PyTorch's. What was measured, and how far the scores are from PyTorch's own layers, is in
+docs/performance.md.
 
 Shape letters: B batch, S sequence, E width.
 """
@@ -11,37 +15,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edje_pipeline.errors import DeviceError
 from edje_pipeline.models.bert_layers import BertLayer
 from edje_pipeline.models.joint_encoder import JointEncoder
 
-HEAD_SIZES = (16, 32, 64, 128)
-"""Widths of a head that the attention kernel's tiles can have."""
 TENSOR_CORES = (8, 0)
 """Compute capability from which bfloat16 products run on tensor cores."""
 
 
 class GpuBertLayer(BertLayer):
-    """`BertLayer` for inference; takes no dropout and no mask.
+    """`BertLayer` for inference without dropout.
 
-    GELU is the tanh form, which cuBLAS applies inside the product; it is off by at most 5e-4, below
-    bfloat16's rounding of the values it is applied to.
+    GELU is the tanh form, the only one that cuBLAS applies inside the product; it is off by at most 5e-4.
     """
-
-    own_attention = True
 
     def __init__(self, layer: BertLayer) -> None:
         torch.nn.Module.__init__(self)
         self.num_heads, self.dropout = layer.num_heads, 0.0
         for name, module in layer.named_children():
             self.add_module(name, module)
-
-    def forward(self, hidden_bse: Tensor, key_mask_bs: Tensor | None = None) -> Tensor:
-        """(B, S, E) -> (B, S, E)."""
-        from edje_pipeline.models.gpu_kernels import LONGEST, attention
-
-        if key_mask_bs is not None or hidden_bse.shape[1] > LONGEST or not self.own_attention:
-            return super().forward(hidden_bse, key_mask_bs)
-        return self._finish(hidden_bse, attention(self.qkv(hidden_bse), self.num_heads))
 
     def _finish(self, residual: Tensor, attended: Tensor) -> Tensor:
         from edje_pipeline.models.gpu_kernels import add_norm
@@ -55,16 +47,22 @@ class GpuBertLayer(BertLayer):
 
 
 def gpu_encoder(encoder: JointEncoder) -> JointEncoder:
-    """The same encoder with the layers above where they work, else as it is; weights are shared.
+    """The same encoder with the layers above; weights are shared.
 
     Args:
-        encoder: on its device, in its dtype, in eval mode.
+        encoder: on its GPU, in bfloat16, in eval mode.
+
+    Raises:
+        DeviceError: the kernels cannot run here.
     """
     weight = encoder.classifier.weight
-    head_size = encoder.spec.width // encoder.spec.num_heads
-    fits = weight.dtype == torch.bfloat16 and weight.is_cuda and head_size in HEAD_SIZES
-    if not fits or not has_triton() or torch.cuda.get_device_capability(weight.device) < TENSOR_CORES:
-        return encoder
+    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < TENSOR_CORES:
+        raise DeviceError(
+            f"own kernels need a GPU of compute capability 8.0 or more, the encoder is on {weight.device}; "
+            "use --kernels torch"
+        )
+    if not has_triton():
+        raise DeviceError("own kernels need Triton, which is not installed here; use --kernels torch")
     return encoder.with_layers(GpuBertLayer(layer) for layer in encoder.layers).eval()  # type: ignore[arg-type]
 
 

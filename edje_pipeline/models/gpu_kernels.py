@@ -1,10 +1,9 @@
-"""Two Triton kernels for the joint encoder on a GPU: a sum and its LayerNorm in one, and attention of short sequences.
+"""A Triton kernel for the joint encoder on a GPU: a sum and its LayerNorm in one pass.
 
-At a width of 384 a layer moves more than it computes. The sum before a LayerNorm reads and writes
-whole activations once more; the attention kernels that PyTorch has are made for long sequences and
-run at a fifteenth of the GPU's rate here. Inner sums are float32.
+At a width of 384 a layer moves more than it computes, and a sum on its own reads and writes whole
+activations once more. Inner sums are float32.
 
-Shape letters: B pairs, S sequence, E width.
+Shape letter: E width.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -15,32 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-LONGEST = 128
-"""Tokens of a sequence that the attention kernel takes: all scores of a head lie in registers."""
-LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _attention_kernel(
-    qkv_ptr, out_ptr, length, scale,
-    heads: tl.constexpr, size: tl.constexpr, padded: tl.constexpr,
-):  # fmt: skip
-    pair, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    tokens, parts = tl.arange(0, padded), tl.arange(0, size)
-    ok = tokens[:, None] < length
-    width: tl.constexpr = heads * size
-    start = qkv_ptr + pair * length * 3 * width + head * size + tokens[:, None] * 3 * width + parts[None, :]
-    query = tl.load(start, mask=ok, other=0.0)
-    key = tl.load(start + width, mask=ok, other=0.0)
-    value = tl.load(start + 2 * width, mask=ok, other=0.0)
-    scores = tl.dot(query, tl.trans(key)) * scale
-    scores = tl.where(tokens[None, :] < length, scores, -float("inf"))
-    weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
-    total = tl.sum(weights, axis=1)
-    result = tl.dot(weights.to(value.dtype), value) / total[:, None]
-    place = out_ptr + pair * length * width + head * size + tokens[:, None] * width + parts[None, :]
-    tl.store(place, result.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -61,20 +34,6 @@ def _add_norm_kernel(
     bias = tl.load(b_ptr + columns, mask=column_ok, other=0.0).to(tl.float32)
     result = centred * (1.0 / tl.sqrt(variance + eps))[:, None] * weight[None, :] + bias[None, :]
     tl.store(y_ptr + place, result.to(y_ptr.dtype.element_ty), mask=ok)
-
-
-def attention(qkv_bsf: Tensor, num_heads: int, num_warps: int = 8) -> Tensor:
-    """Self-attention without a mask: queries, keys and values side by side (B, S, 3 E) -> (B, S, E), S to LONGEST."""
-    batch, length, features = qkv_bsf.shape
-    width = features // 3
-    size = width // num_heads
-    qkv = qkv_bsf.contiguous()
-    out = torch.empty((batch, length, width), dtype=qkv.dtype, device=qkv.device)
-    padded = max(16, triton.next_power_of_2(length))
-    _attention_kernel[(batch, num_heads)](
-        qkv, out, length, LOG2_E / size**0.5, heads=num_heads, size=size, padded=padded, num_warps=num_warps
-    )
-    return out
 
 
 def add_norm(x: Tensor, residual: Tensor, weight_e: Tensor, bias_e: Tensor, eps: float) -> Tensor:

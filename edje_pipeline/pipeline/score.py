@@ -73,6 +73,8 @@ class ScoreConfig:
     """`float32`, `bfloat16`, `int8` (CPU), or `auto`: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
     """`torch.compile` of the joint encoder: worth its minute on a GPU from a few million pairs."""
+    kernels: str = "torch"
+    """Layers on a GPU: `torch`, or `own`, an experiment for bfloat16 (docs/performance.md)."""
     device: str = "auto"
     num_workers: int | None = None
     """Ray actors; 0 scores in this process; None chooses by the number of pairs, GPUs and cores."""
@@ -117,13 +119,14 @@ def run_score(config: ScoreConfig) -> ScoreResult:
         WorkerError: a Ray worker failed more often than the run allows.
     """
     from edje_pipeline.reranker import open_fitting_model, open_scorer
-    from edje_pipeline.stages.score_pairs import resolve_device, resolve_precision
+    from edje_pipeline.stages.score_pairs import check_kernels, resolve_device, resolve_precision
 
     clock = Clock()
     index = Index.open(config.index, snapshot=config.snapshot)
     directory = open_fitting_model(index, config.model)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
+    check_kernels(config.kernels, device, precision, compiled=config.compile)
     inputs = [Location.parse(config.queries), Location.parse(config.candidates)]
     with clock.stage("hash"):
         fingerprints = {
@@ -132,6 +135,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
             "queries": hash_input(inputs[0], "query"),
             "candidates": hash_input(inputs[1], "candidate"),
             "precision": precision,
+            "kernels": config.kernels,
         }
     options = {key: value for key, value in asdict(config).items() if key not in ("quiet", "overwrite")}
     out = Location.parse(config.out)
@@ -164,13 +168,19 @@ def run_score(config: ScoreConfig) -> ScoreResult:
             device=str(device),
             run_dir=store.run_dir.uri,
             compiled=config.compile,
+            kernels=config.kernels,
             num_threads=config.num_threads or available_cpus(),
         )
         num_workers = choose_workers(config, info, device.type)
         with clock.stage("score"):
             if todo and num_workers == 0:
                 opened = open_scorer(
-                    index, config.model, precision=precision, device=str(device), compiled=config.compile
+                    index,
+                    config.model,
+                    precision=precision,
+                    device=str(device),
+                    compiled=config.compile,
+                    kernels=config.kernels,
                 )
                 worker = UnitScorer(spec, index=index, scorer=opened.scorer)
                 new_pairs = collect(store, info, worker.run(todo), config.quiet)

@@ -44,6 +44,7 @@ class WorkerSpec:
     num_threads: int
     batch_tokens: int | None = None
     compiled: bool = False
+    kernels: str = "torch"
 
 
 @dataclass
@@ -86,6 +87,7 @@ class UnitScorer:
                 device=spec.device,
                 batch_tokens=spec.batch_tokens,
                 compiled=spec.compiled,
+                kernels=spec.kernels,
             ).scorer
         )
         self._run_dir = Location(spec.run_dir)

@@ -30,6 +30,8 @@ from edje_pipeline.stages.length_graphs import LengthGraphs
 from edje_pipeline.storage.codecs import Codec
 
 PRECISIONS = ("float32", "bfloat16", "int8")
+KERNELS = ("torch", "own")
+"""Layers on a GPU: PyTorch's, or those of `models.gpu_encoder`, an experiment."""
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131_072}
 """Tokens of one forward pass. CPU: the activations of a layer stay in the cache. GPU: enough work a kernel."""
 INT8_BATCH_TOKENS = 512
@@ -148,16 +150,33 @@ def resolve_precision(name: str | None, device: torch.device) -> str:
     return str(name)
 
 
-def prepare_encoder(encoder: nn.Module, device: torch.device, precision: str, *, compiled: bool = False) -> Any:
-    """The one place that turns a device and a precision into weights and kernels.
+def check_kernels(kernels: str, device: torch.device, precision: str, *, compiled: bool = False) -> None:
+    """Raises ConfigError: an unknown name, or `own` with a device, precision or compiler it is not for."""
+    if kernels not in KERNELS:
+        raise ConfigError(f"unknown kernels {kernels!r}; expected one of {', '.join(KERNELS)}")
+    if kernels == "own" and (device.type != "cuda" or precision != "bfloat16" or compiled):
+        raise ConfigError(
+            f"own kernels are for bfloat16 on a GPU without --compile, here are {precision} on {device}"
+            f"{' with --compile' if compiled else ''}; use --kernels torch"
+        )
+
+
+def prepare_encoder(
+    encoder: nn.Module, device: torch.device, precision: str, *, compiled: bool = False, kernels: str = "torch"
+) -> Any:
+    """The one place that turns a device, a precision and a choice of kernels into weights and layers.
 
     Compiled: sizes are dynamic, so that a new text length or batch size does not compile again.
+
+    Raises:
+        ConfigError: see `check_kernels`. DeviceError: `own` kernels cannot run here.
     """
+    check_kernels(kernels, device, precision, compiled=compiled)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     prepared: Any = encoder.eval().to(device=device, dtype=dtype)
     if device.type == "cpu" and dtype == torch.float32 and isinstance(prepared, JointEncoder):
         prepared = cpu_encoder(prepared, precision)
-    elif device.type == "cuda" and not compiled and isinstance(prepared, JointEncoder):
+    elif kernels == "own" and isinstance(prepared, JointEncoder):
         prepared = gpu_encoder(prepared)
     if compiled:
         prepared.forward_dense = torch.compile(prepared.forward_dense, dynamic=True)
@@ -176,13 +195,16 @@ class PairScorer:
         precision: str | None = None,
         batch_tokens: int | None = None,
         compiled: bool = False,
+        kernels: str = "torch",
         use_graphs: bool = True,
     ) -> None:
-        """Args: use_graphs: on a GPU, replay a recorded forward pass for lengths that come often."""
+        """Args: kernels: see `KERNELS`. use_graphs: on a GPU, replay a recorded pass for lengths that come often."""
         self.device = device if isinstance(device, torch.device) else resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-        self.encoder: DenseEncoder = prepare_encoder(encoder, self.device, self.precision, compiled=compiled)
+        self.encoder: DenseEncoder = prepare_encoder(
+            encoder, self.device, self.precision, compiled=compiled, kernels=kernels
+        )
         self.codec = codec
         self.dequantize = dequantizer(codec, self.device, dtype=self.dtype)
         default = INT8_BATCH_TOKENS if self.precision == "int8" else BATCH_TOKENS[self.device.type]

@@ -78,6 +78,8 @@ def test_bad_calls_say_what_is_wrong(rerank_index: Index, tmp_path: Path) -> Non
         opened.rank("dog", rerank_index.ids(), top_k=0)
     with pytest.raises(ConfigError, match="one string"):
         opened.rank("dog", "img-00001.jpg")
+    with pytest.raises(ConfigError, match="own kernels are for bfloat16 on a GPU"):
+        Reranker.open(rerank_index, kernels="own", device="cpu")
     with pytest.raises(ConfigError, match="unknown precision 'int3'"):
         Reranker.open(rerank_index, precision="int3")
     with pytest.raises(ConfigError, match="device"):

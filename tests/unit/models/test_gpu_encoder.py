@@ -1,29 +1,26 @@
-"""The fused kernels: on a CPU through Triton's interpreter, on a GPU as they are."""
+"""The own kernels: on a CPU through Triton's interpreter, on a GPU as they are."""
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from edje_pipeline.models.bert_layers import BertLayer
+from edje_pipeline.errors import DeviceError
 from edje_pipeline.models.gpu_encoder import GpuBertLayer, gpu_encoder, has_triton
 from edje_pipeline.models.joint_encoder import JointEncoder
 from edje_pipeline.models.spec import JointEncoderSpec
+from edje_pipeline.stages.score_pairs import KERNELS, prepare_encoder
 from tests.score_util import tiny_model
 
 INTERPRETED = """
 import torch
 from torch.nn import functional as F
-from edje_pipeline.models.gpu_kernels import add_norm, attention
+from edje_pipeline.models.gpu_kernels import add_norm
 torch.manual_seed(0)
-for pairs, length, heads, size in ((2, 5, 3, 16), (1, 40, 2, 32), (2, 17, 1, 64)):
-    qkv = torch.randn(pairs, length, 3 * heads * size)
-    parts = [part.view(pairs, length, heads, size).transpose(1, 2) for part in qkv.chunk(3, -1)]
-    want = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(attention(qkv, heads), want, atol=1e-4, rtol=1e-4)
 for shape in ((3, 7, 48), (9, 384)):
     x, y, weight, bias = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1])
     want = F.layer_norm(x + y, shape[-1:], weight, bias, 1e-5)
@@ -50,14 +47,15 @@ def test_kernels_give_what_two_passes_give() -> None:
     assert done.stdout == "equal\n", done.stderr
 
 
-def test_a_cpu_keeps_its_layers() -> None:
-    encoder = tiny_model().load_joint_encoder()
-    assert gpu_encoder(encoder) is encoder
+def test_refused_on_a_cpu() -> None:
+    with pytest.raises(DeviceError, match="the encoder is on cpu; use --kernels torch"):
+        gpu_encoder(tiny_model().load_joint_encoder())
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("length", [3, 20])
-def test_fused_layers_are_near_float32(length: int) -> None:
+def test_layers_of_both_kinds_are_near_float32(length: int, kernels: str) -> None:
     torch.manual_seed(0)
     spec = JointEncoderSpec(width=128, num_layers=3, num_heads=4, mlp_dim=256, vocab_size=100, max_positions=64)
     encoder = JointEncoder(spec).eval()
@@ -67,11 +65,9 @@ def test_fused_layers_are_near_float32(length: int) -> None:
     ids, images = torch.randint(0, 100, (37, length)), torch.randn(37, 16, 128)
     with torch.inference_mode():
         want = encoder.forward_dense(ids, images)
-        encoder.cuda().bfloat16()
-        fused = gpu_encoder(encoder)
-        assert isinstance(fused.layers[0], GpuBertLayer)
-        plain = encoder.forward_dense(ids.cuda(), images.cuda()).cpu()
-        found = fused.forward_dense(ids.cuda(), images.cuda()).cpu()
-    assert (found - want).abs().max() < 1.5 * (plain - want).abs().max() + 1e-3
-    assert isinstance(encoder.layers[0], BertLayer)
+        on_cpu = copy.deepcopy(encoder).bfloat16().forward_dense(ids, images)
+        prepared = prepare_encoder(encoder, torch.device("cuda"), "bfloat16", kernels=kernels)
+        found = prepared.forward_dense(ids.cuda(), images.cuda()).cpu()
+    assert (found - want).abs().max() < 1.5 * (on_cpu - want).abs().max() + 1e-3
+    assert isinstance(prepared.layers[0], GpuBertLayer) == (kernels == "own")
     assert not isinstance(encoder.layers[0], GpuBertLayer)

@@ -305,6 +305,14 @@ def test_bad_options(options: dict[str, object]) -> None:
         ScoreConfig(index="i", queries="q", candidates="c", out="o", **options)  # type: ignore[arg-type]
 
 
+def test_own_kernels_are_refused_on_a_cpu(
+    tmp_path: Path, score_index: Index, score_pairs: list[tuple[str, str]]
+) -> None:
+    with pytest.raises(ConfigError, match="own kernels are for bfloat16 on a GPU"):
+        run_score(score_config(score_index, tmp_path, score_pairs, kernels="own", device="cpu", precision="bfloat16"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32")  # inductor's advice to give up float32
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports

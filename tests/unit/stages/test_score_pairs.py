@@ -10,6 +10,7 @@ from edje_pipeline.errors import ConfigError
 from edje_pipeline.stages.score_pairs import (
     PairScorer,
     TextTokens,
+    check_kernels,
     distinct_of_batches,
     length_batches,
     resolve_precision,
@@ -91,6 +92,22 @@ def test_precision_follows_the_device() -> None:
         resolve_precision("float8", torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("kernels", "device", "precision", "compiled", "message"),
+    [
+        ("fused", "cpu", "float32", False, "expected one of torch, own"),
+        ("own", "cpu", "bfloat16", False, "here are bfloat16 on cpu; use --kernels torch"),
+        ("own", "cuda", "float32", False, "here are float32 on cuda"),
+        ("own", "cuda", "bfloat16", True, "bfloat16 on cuda with --compile"),
+    ],
+)
+def test_kernels_that_do_not_fit(kernels: str, device: str, precision: str, compiled: bool, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_kernels(kernels, torch.device(device), precision, compiled=compiled)
+    check_kernels("torch", torch.device(device), precision, compiled=compiled)
+    check_kernels("own", torch.device("cuda:1"), "bfloat16")
+
+
 def test_int8_scores_are_near_and_refused_on_a_gpu() -> None:
     rng = np.random.default_rng(0)
     lists = [[2, *rng.integers(5, 60, length).tolist(), 3] for length in (1, 4, 9)]
@@ -141,15 +158,19 @@ def test_launched_calls_keep_their_own_results() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-4), ("bfloat16", 0.1)])
-def test_recorded_passes_on_a_gpu_give_what_a_cpu_gives(precision: str, bound: float) -> None:
+@pytest.mark.parametrize(
+    ("precision", "kernels", "bound"),
+    [("float32", "torch", 1e-4), ("bfloat16", "torch", 0.1), ("bfloat16", "own", 0.1)],
+)
+def test_recorded_passes_on_a_gpu_give_what_a_cpu_gives(precision: str, kernels: str, bound: float) -> None:
     rng = np.random.default_rng(0)
     lists = [[2, *rng.integers(5, 60, length).tolist(), 3] for length in (3, 4, 9, 9)]
     texts = TextTokens.from_lists(lists)
     codec = resolve("float16", num_tokens=4, dim=32)
     payloads = codec.encode(random_tokens(40, 4, 32))
     want = make_scorer(precision="float32")
-    on_gpu = PairScorer(tiny_model().load_joint_encoder(), codec, device="cuda", precision=precision, batch_tokens=64)
+    encoder = tiny_model().load_joint_encoder()
+    on_gpu = PairScorer(encoder, codec, device="cuda", precision=precision, batch_tokens=64, kernels=kernels)
     assert on_gpu._graphs is not None
     for _ in range(4):  # other pairs each time, so that what a recording holds of an older batch would show
         images, owners = rng.integers(0, 40, 300), rng.integers(0, 4, 300)
