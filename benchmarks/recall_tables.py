@@ -1,6 +1,6 @@
 """The recall tables out of what recall_plan.py measured.
 
-    python -m benchmarks.recall_tables WORK/results --metrics WORK --out benchmarks/results/recall_DEVICE_DATE.md
+    python -m benchmarks.recall_tables WORK/results --out benchmarks/results/recall_DEVICE_DATE.md
 
 Percent, with 95 % bootstrap intervals over queries; a gain is paired by query. Per artist, `all` is the mean over
 artists weighted by their queries, its interval from the artists' own (independent galleries and queries).
@@ -75,8 +75,9 @@ def interval(value: dict[str, float], *, sign: bool = False) -> str:
 
 def line(label: str, row: Row, first: Row) -> str:
     """One line: label, first stage, reranked, gain, R@5, MRR."""
-    cells = [label, interval(first["metrics"]["R@1"]), interval(row["metrics"]["R@1"]), interval(row["gain"], sign=True),
-             f"{row['metrics']['R@5']['mean']:.1f}", f"{row['metrics']['MRR']['mean']:.1f}"]  # fmt: skip
+    values = row["metrics"]
+    cells = [label, interval(first["metrics"]["R@1"]), interval(values["R@1"]), interval(row["gain"], sign=True),
+             f"{values['R@5']['mean']:.1f}", f"{values['MRR']['mean']:.1f}"]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
 
@@ -85,9 +86,11 @@ HEADER = ["| | first stage R@1 | reranked R@1 | gain | R@5 | MRR |", "|---|---|-
 
 def sizes(found: dict[str, Any]) -> list[str]:
     """The unseen artist, by number of tokens."""
-    lines = ["## An artist never trained on", "",
-             f"Trained on the drawings of four artists, tested on the fifth ({HELD_OUT_ARTIST}): its names over all its "
-             f"drawings, reranking the first stage's {POOL} best by the logit alone.", "", *HEADER]  # fmt: skip
+    text = (
+        f"Trained on the drawings of four artists, tested on the fifth ({HELD_OUT_ARTIST}): its names over all its "
+        f"drawings, reranking the first stage's {POOL} best by the logit alone."
+    )
+    lines = ["## An artist never trained on", "", text, "", *HEADER]
     for name in ("local", "64", "32", "16"):
         if name in found:
             one = found[name]
@@ -138,9 +141,11 @@ def concepts(found: dict[str, Any]) -> list[str]:
         return []
     one = found["64"]
     weight = best_weight(one, "artist")
-    lines = ["## Concepts never trained on", "",
-             "The same 64-token model (four artists) on drawings of concepts it never saw, each artist a gallery of its "
-             f"own. The fusion weight {weight:g} is the best on the table above, whose drawings show trained concepts."]  # fmt: skip
+    text = (
+        "The same 64-token model (four artists) on drawings of concepts it never saw, each artist a gallery of its "
+        f"own. The fusion weight {weight:g} is the best on the table above, whose drawings show trained concepts."
+    )
+    lines = ["## Concepts never trained on", "", text]
     for label, used in (("logit alone", 0.0), (f"logit + {weight:g} x similarity", weight)):
         lines += ["", f"{label}:", "", *HEADER]
         parts: list[tuple[Row, Row]] = []
@@ -149,7 +154,8 @@ def concepts(found: dict[str, Any]) -> list[str]:
             if row and first:
                 parts.append((row, first))
                 lines.append(line(test.removeprefix("concepts-"), row, first))
-        lines.append(pooled(parts))
+        if parts:
+            lines.append(pooled(parts))
         if weight == 0:
             break
     return [*lines, ""]

@@ -86,9 +86,10 @@ def efficientnet_tensors(path: Path) -> dict[str, torch.Tensor]:
 
     expected = timm.create_model("efficientnet_lite0", pretrained=False).state_dict()
     tensors = read_tensors(path)
-    if set(tensors) == set(expected):
+    shapes = {name: value.shape for name, value in expected.items()}
+    if {name: value.shape for name, value in tensors.items()} == shapes:
         return tensors
-    if [value.shape for value in tensors.values()] != [value.shape for value in expected.values()]:
+    if set(tensors) == set(expected) or [value.shape for value in tensors.values()] != list(shapes.values()):
         raise ValueError(f"{path} does not hold EfficientNet-Lite0 in its published order")
     return dict(zip(expected, tensors.values(), strict=True))
 
@@ -122,7 +123,7 @@ def pictures(tar: Path, backbone: Backbone, encode: Any) -> Pictures:
 
 def distil(options: argparse.Namespace, weights: dict[str, Path]) -> Path:
     """The student's weights, OUT/student.safetensors."""
-    target = options.out / "student.safetensors"
+    target: Path = options.out / "student.safetensors"
     if target.exists():
         return target
     first = options.out / "efficientnet.safetensors"
@@ -152,7 +153,7 @@ def distil(options: argparse.Namespace, weights: dict[str, Path]) -> Path:
 
 def start(options: argparse.Namespace, weights: dict[str, Path], student: Path) -> Path:
     """The untrained model, OUT/start."""
-    target = options.out / "start"
+    target: Path = options.out / "start"
     if (target / "config.json").exists():
         return target
     bert = options.out / "bert-first-layers"
@@ -177,17 +178,19 @@ def _layer_of(name: str) -> int:
     return int(parts[parts.index("layer") + 1]) if "layer" in parts else -1
 
 
+def captions_of(row: dict[str, Any]) -> list[str]:
+    """The name; name and keywords where there are some."""
+    words = row["keywords"][:KEYWORDS]
+    return [row["name"], *([", ".join([row["name"], *words])] if words else [])]
+
+
 def write_captions(options: argparse.Namespace) -> dict[str, str]:
     """Caption files of both parts: the name first, then name and keywords."""
     paths = {}
     for split in ("train", "val"):
         path = options.out / f"{split}.jsonl"
         rows = read_names(options.emoji / f"{split}.tar")
-        lines = [
-            json.dumps({"image_id": key, "captions": [
-                row["name"], f"{row['name']}, {', '.join(row['keywords'][:KEYWORDS])}"]}) + "\n"
-            for key, row in rows.items()
-        ]  # fmt: skip
+        lines = [json.dumps({"image_id": key, "captions": captions_of(row)}) + "\n" for key, row in rows.items()]
         path.write_text("".join(lines))
         paths[split] = str(path)
     return paths
@@ -195,10 +198,12 @@ def write_captions(options: argparse.Namespace) -> dict[str, str]:
 
 def smaller(phase: Phase, options: argparse.Namespace) -> Phase:
     """Fewer steps and smaller batches, to try the program."""
-    most = options.largest_batch
+    micro_batch = max(2, min(phase.batch_size, options.largest_batch) // phase.accumulation)
+    num_hard = min(phase.negatives.num_hard, micro_batch - 1)
+    num_random = min(phase.negatives.num_random, micro_batch - 1 - num_hard)
     return replace(
-        phase, steps=max(1, round(phase.steps * options.steps_share)), batch_size=min(phase.batch_size, most),
-        negatives=replace(phase.negatives, num_random=min(phase.negatives.num_random, most - 1)),
+        phase, steps=max(1, round(phase.steps * options.steps_share)), batch_size=micro_batch * phase.accumulation,
+        negatives=replace(phase.negatives, num_hard=num_hard, num_random=num_random),
     )  # fmt: skip
 
 
@@ -219,7 +224,7 @@ def fit(options: argparse.Namespace, model: Path, captions: dict[str, str]) -> s
 
 def evaluate(options: argparse.Namespace, model: str, captions: dict[str, str]) -> Path:
     """OUT/evaluation.json: concepts never trained on, each artist a gallery of its own."""
-    target = options.out / "evaluation.json"
+    target: Path = options.out / "evaluation.json"
     if target.exists():
         return target
     index = options.out / "val-index"
