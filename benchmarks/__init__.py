@@ -4,10 +4,6 @@ Torch's threads sleep while they wait for one another, on every side of every co
 itself sets them: on a machine that others use too, spinning threads measure the neighbours.
 """
 
-import os
-
 from edje_pipeline.pipeline.threads import let_threads_sleep
 
 let_threads_sleep()
-# Ray runs its workers at niceness 15; beside neighbours our side would be measured at their mercy.
-os.environ.setdefault("RAY_worker_niceness", "0")

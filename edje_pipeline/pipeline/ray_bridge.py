@@ -132,6 +132,9 @@ def _start(
         options |= {"address": address}
         del options["include_dashboard"]
     else:
+        # Ray runs its workers at niceness 15 by default. The work of a command is in them: on a busy machine it would
+        # get what all others leave. A cluster that runs already has made its choice.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         options |= {"num_cpus": num_cpus or available_cpus(), "_temp_dir": os.environ.get("EDJE_RAY_TEMP_DIR")}
         if num_gpus is not None:
             options["num_gpus"] = num_gpus

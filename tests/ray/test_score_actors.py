@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edje_pipeline.errors import CorruptionError
+from edje_pipeline.pipeline import ray_bridge
 from edje_pipeline.pipeline.score import ScoreConfig, run_score
 from tests.index_util import random_tokens, write_index
 from tests.score_util import assert_same_ranking, plain_ranking, read_results, sentence, tiny_model, write_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::Warning")]
+
+
+def niceness() -> int:
+    return os.nice(0)
 
 
 def test_actors_equal_the_plain_path_and_pass_on_errors(tmp_path: Path) -> None:
@@ -45,5 +51,10 @@ def test_actors_equal_the_plain_path_and_pass_on_errors(tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[200:4000] = b"\xff" * 3800
     shard.write_bytes(bytes(data))
-    with pytest.raises(CorruptionError):
-        run_score(options("out2", tmp_path / "damaged"))
+    with ray_bridge.session(num_cpus=2):
+        with pytest.raises(CorruptionError):
+            run_score(options("out2", tmp_path / "damaged"))
+        import ray
+
+        # By default ray's workers yield to everybody else.
+        assert ray.get(ray.remote(niceness).remote()) == niceness()
