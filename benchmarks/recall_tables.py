@@ -19,6 +19,8 @@ from benchmarks.recall_runs import HELD_OUT_ARTIST
 
 Row = dict[str, Any]
 POOL = 10
+FROM_LOCAL = "from-local-"
+"""Runs of the plan `compress`."""
 OBJECTIVES = {
     "base": "the recipe at 45 % of its steps, no distillation",
     "with-distillation": "the same with distillation from `local`",
@@ -91,41 +93,48 @@ def sizes(found: dict[str, Any]) -> list[str]:
         f"drawings, reranking the first stage's {POOL} best by the logit alone."
     )
     lines = ["## An artist never trained on", "", text, "", *HEADER]
-    for name in ("local", "64", "32", "16"):
+    for name in ("local", *(f"{prefix}{num}" for prefix in ("", FROM_LOCAL) for num in (64, 32, 16))):
         if name in found:
             one = found[name]
             row = pick(one, "artist", "reranked", codec_of(one))
             first = pick(one, "artist", "first stage", codec_of(one))
             if row and first:
-                lines.append(line(f"{one['run']['tokens']} tokens", row, first))
+                made = ", from the local model" if name.startswith(FROM_LOCAL) else ""
+                lines.append(line(f"{one['run']['tokens']} tokens{made}", row, first))
     return [*lines, ""]
 
 
 def codecs(found: dict[str, Any]) -> list[str]:
     """The unseen artist, by codec, before and after the quantization-aware finish."""
     lines = ["## Codecs, on the same artist", "", *HEADER]
-    for name in ("64", "64-quantized"):
+    for name in ("64", "64-quantized", f"{FROM_LOCAL}64", f"{FROM_LOCAL}64-quantized"):
         for codec in found.get(name, {"run": {"codecs": []}})["run"]["codecs"]:
             row = pick(found[name], "artist", "reranked", codec)
             first = pick(found[name], "artist", "first stage", codec)
             if row and first:
-                finish = "after the quantized phase" if name == "64-quantized" else "as trained"
+                finish = "after the quantized phase" if name.endswith("-quantized") else "as trained"
                 lines.append(line(f"{codec}, {finish}", row, first))
     return [*lines, ""]
 
 
 def pools(found: dict[str, Any]) -> list[str]:
     """Pool sizes and fusion weights of the 64-token model on the unseen artist."""
-    if "64" not in found:
+    one = main_run(found)
+    if one is None:
         return []
-    lines = ["## Pool size and fusion, 64 tokens, on the same artist", "",
+    lines = [f"## Pool size and fusion, {one['run']['tokens']} tokens, on the same artist", "",
              "| k | logit alone | + 5 s | + 10 s | + 20 s | + 40 s |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for pool in found["64"]["run"]["pools"]:
-        cells = [pick(found["64"], "artist", "reranked", "float16", weight, pool) for weight in (0, 5, 10, 20, 40)]
+    for pool in one["run"]["pools"]:
+        cells = [pick(one, "artist", "reranked", codec_of(one), weight, pool) for weight in (0, 5, 10, 20, 40)]
         lines.append(
             f"| {pool} | " + " | ".join(f"{c['metrics']['R@1']['mean']:.1f}" if c else "" for c in cells) + " |"
         )
     return [*lines, "", "s is the first stage's similarity; R@1.", ""]
+
+
+def main_run(found: dict[str, Any]) -> dict[str, Any] | None:
+    """The run whose pools and concepts are shown: 64 tokens, else the local model."""
+    return next((found[name] for name in ("64", f"{FROM_LOCAL}64", "local") if name in found), None)
 
 
 def best_weight(one: dict[str, Any], test: str) -> float:
@@ -137,20 +146,21 @@ def best_weight(one: dict[str, Any], test: str) -> float:
 
 def concepts(found: dict[str, Any]) -> list[str]:
     """Concepts never trained on, each artist a gallery."""
-    if "64" not in found:
+    one = main_run(found)
+    if one is None:
         return []
-    one = found["64"]
     weight = best_weight(one, "artist")
     text = (
-        "The same 64-token model (four artists) on drawings of concepts it never saw, each artist a gallery of its "
-        f"own. The fusion weight {weight:g} is the best on the table above, whose drawings show trained concepts."
+        f"The model of {one['run']['tokens']} tokens (four artists) on drawings of concepts it never saw, each artist "
+        f"a gallery of its own. The fusion weight {weight:g} is the best on the table above, whose drawings show "
+        "trained concepts."
     )
     lines = ["## Concepts never trained on", "", text]
     for label, used in (("logit alone", 0.0), (f"logit + {weight:g} x similarity", weight)):
         lines += ["", f"{label}:", "", *HEADER]
         parts: list[tuple[Row, Row]] = []
         for test in sorted({row["test"] for row in one["rows"] if row["test"].startswith("concepts-")}):
-            row, first = pick(one, test, "reranked", "float16", used), pick(one, test, "first stage", "float16")
+            row, first = pick(one, test, "reranked", codec_of(one), used), pick(one, test, "first stage", codec_of(one))
             if row and first:
                 parts.append((row, first))
                 lines.append(line(test.removeprefix("concepts-"), row, first))

@@ -126,7 +126,8 @@ def test_a_missing_run_leaves_its_lines_out(
     part = tables(tmp_path / "part", monkeypatch, everything)
     assert len(part) < len(whole)
     assert not any(line.startswith(f"- {missing}:") for line in part)
-    assert [line for line in part if line not in whole] == []
+    if missing != "64":  # then the pools and concepts are the local model's, which the whole does not show
+        assert [line for line in part if line not in whole] == []
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
