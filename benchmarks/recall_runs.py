@@ -152,18 +152,19 @@ def final() -> list[Run]:
 
 
 def compress() -> list[Run]:
-    """Compressed adapters behind the local model's joint encoder, in a size for a CPU: needs WORK/runs/local/model.
-
-    No pair is scored. A few hundred steps of pairs after it, in batches of 12, took recall away again.
-    """
+    """Compressed adapters behind the local model's joint encoder, in a size for a CPU: needs WORK/runs/local/model."""
     imitate = warm_up(
-        800, name="tokens", batch_size=128, learning_rate=1e-3, adapter_rate=1.0, token_dropout=0.0, dropout=0.0,
+        600, name="tokens", batch_size=128, learning_rate=1e-3, adapter_rate=1.0, token_dropout=0.0, dropout=0.0,
         weights=LossWeights(tokens=1.0),
     )  # fmt: skip
-    plan = recipe(imitate, views=2, precision="bfloat16", validate_every=200)
+    pairs = matrix(
+        300, batch_size=12, learning_rate=3e-5, adapter_rate=5.0, token_dropout=0.0, dropout=0.0,
+        negatives=NegativeSpec(0, 11), weights=LossWeights(itm=1.0, distillation=1.0, tokens=0.3),
+    )  # fmt: skip
+    plan = recipe(imitate, pairs, views=2, precision="bfloat16", validate_every=150)
     return [
         Run(f"from-local-{tokens}", plan, tokens=tokens, num_layers=3, teacher="local", start="local",
-            codecs=("float16", "int8", "opq16") if tokens == "64" else ("float16",))
+            codecs=("float16", "opq16") if tokens == "64" else ("float16",))
         for tokens in ("64", "32", "16")
     ]  # fmt: skip
 
