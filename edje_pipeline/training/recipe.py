@@ -25,7 +25,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from edje_pipeline.config import _suggest as suggest
 from edje_pipeline.errors import ConfigError
@@ -33,6 +33,13 @@ from edje_pipeline.models.spec import fingerprint_of
 
 MAX_RECIPE_BYTES = 1 << 20
 T = TypeVar("T")
+
+PLAIN_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+    bool: ((bool,), "true or false"),
+}
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -200,7 +207,10 @@ def recipe_from_dict(content: Mapping[str, Any], *, where: str = "the recipe") -
                 nested[key] = _build(kind, nested[key], f"{label} {key}", problems)
         phases.append(_build(Phase, nested, label, problems))
     if "betas" in rest:
-        rest["betas"] = tuple(rest["betas"])
+        betas = rest["betas"]
+        if not (isinstance(betas, (list, tuple)) and len(betas) == 2 and all(isinstance(b, float) for b in betas)):
+            raise ConfigError(f"{where}: betas is {betas!r}, expected two numbers such as [0.9, 0.98]")
+        rest["betas"] = tuple(betas)
     recipe = _build(Recipe, {**rest, "phases": tuple(phase for phase in phases if phase)}, "the recipe", problems)
     if problems or recipe is None:
         raise ConfigError(f"{where}: " + "; ".join(problems))
@@ -216,11 +226,28 @@ def _build(kind: type[T], value: Any, label: str, problems: list[str]) -> T | No
     unknown = [key for key in values if key not in known]
     dashed = [name.replace("_", "-") for name in known]
     problems += [f"{label} has no key {key!r}{suggest(key, dashed)}" for key in unknown]
+    wrong = _wrong_types(kind, values, label)
+    problems += wrong
+    if wrong:
+        return None
     try:
         return kind(**{key: entry for key, entry in values.items() if key in known})
     except (TypeError, ConfigError) as error:
         problems.append(f"{label}: {error}")
         return None
+
+
+def _wrong_types(kind: type[Any], values: Mapping[str, Any], label: str) -> list[str]:
+    """A complaint for each plain value of another type; TOML's true is no number."""
+    found = []
+    for key, hint in get_type_hints(kind).items():
+        value = values.get(key)
+        if value is None or hint not in PLAIN_TYPES:
+            continue
+        allowed, word = PLAIN_TYPES[hint]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
+            found.append(f"{label}: {key.replace('_', '-')} is {value!r}, expected {word}")
+    return found
 
 
 def _phase_problems(phase: Phase) -> list[str]:

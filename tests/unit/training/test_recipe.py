@@ -108,3 +108,27 @@ def test_rate_warms_up_and_decays() -> None:
 @pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.toml")), ids=str)
 def test_committed_recipes_are_valid(path: Path) -> None:
     assert read_recipe(path).total_steps > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("views = 1.5", "views is 1.5, expected a whole number"),
+        ("views = true", "views is True, expected a whole number"),
+        ('seed = "x"', "seed is 'x', expected a whole number"),
+        ("calibrate-adapter = 1", "calibrate-adapter is 1, expected true or false"),
+        ("betas = 3", "betas is 3, expected two numbers"),
+    ],
+)
+def test_a_value_of_another_type_names_its_key(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(text + '\n[[phase]]\nname = "p"\nsteps = 1\nweights = { itm = 1 }\n')
+    with pytest.raises(ConfigError, match=complaint):
+        read_recipe(path)
+
+
+def test_steps_of_another_type(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('[[phase]]\nname = "p"\nsteps = 2.5\n')
+    with pytest.raises(ConfigError, match=r"phase\]\] p: steps is 2.5, expected a whole number"):
+        read_recipe(path)
