@@ -28,7 +28,6 @@ import torch
 from benchmarks.recall_runs import HELD_OUT_ARTIST, Plans, Run
 from edje_pipeline.models.assemble import BackboneSource, ModelParts, make_model
 from edje_pipeline.models.checkpoint import open_model, save_model
-from edje_pipeline.models.tensor_files import read_tensors, write_tensors
 from edje_pipeline.pipeline.evaluate import EvaluateConfig, run_evaluate
 from edje_pipeline.pipeline.extract import ExtractConfig, run_extract
 from edje_pipeline.pipeline.runner import ExecutorOptions
@@ -91,27 +90,6 @@ def _captions(row: dict[str, Any]) -> list[str]:
     return [row["name"], f"{row['name']}, {', '.join(row['keywords'][:KEYWORDS])}"]
 
 
-def bert_of(inputs: Inputs, num_layers: int) -> Path:
-    """The BERT directory with its first layers only."""
-    target = inputs.work / f"bert-{num_layers}"
-    if (target / "done").exists():
-        return target
-    target.mkdir(parents=True, exist_ok=True)
-    config = json.loads((inputs.bert / "config.json").read_text()) | {"num_hidden_layers": num_layers}
-    (target / "config.json").write_text(json.dumps(config))
-    (target / "tokenizer.json").write_bytes((inputs.bert / "tokenizer.json").read_bytes())
-    tensors = read_tensors(inputs.bert / "model.safetensors")
-    kept = {name: value.float() for name, value in tensors.items() if _layer_of(name) < num_layers}
-    write_tensors(target / "model.safetensors", kept)
-    (target / "done").write_text("")
-    return target
-
-
-def _layer_of(name: str) -> int:
-    parts = name.split(".")
-    return int(parts[parts.index("layer") + 1]) if "layer" in parts else -1
-
-
 def start_of(inputs: Inputs, run: Run) -> Path:
     """The untrained start of a run."""
     target = inputs.work / "starts" / f"{run.tokens}-{run.image_size}-{run.num_layers}"
@@ -121,15 +99,10 @@ def start_of(inputs: Inputs, run: Run) -> Path:
         f"timm:vit_small_patch14_dinov2?img_size={run.image_size}&embedding=cls_mean", weights=str(inputs.dino)
     )
     parts = ModelParts(
-        joint_encoder=bert_of(inputs, run.num_layers), sentence_encoder=bert_of(inputs, 6),
+        joint_encoder=inputs.bert, joint_layers=run.num_layers, sentence_encoder=inputs.bert, squash=True,
         num_compressed_tokens=None if run.tokens == "local" else int(run.tokens), adapter_mlp_dim=ADAPTER_MLP,
     )  # fmt: skip
-    made = make_model(target.with_name(f"{target.name}-crop"), target.name, source, parts)
-    # timm's DINOv2 crops to 87.5 %, which cuts off what a drawing shows at its edges.
-    squashed = replace(made.spec.preprocess, resize_mode="squash", crop_pct=1.0)
-    files = {part: made.path / f"{part}.safetensors" for part in ("backbone", "adapter", "joint_encoder", "text_tower")}
-    save_model(target, replace(made.spec, preprocess=squashed), tokenizer=made.path / "tokenizer.json", **files)  # type: ignore[arg-type]
-    return target
+    return make_model(target, target.name, source, parts).path
 
 
 def continued(inputs: Inputs, run: Run) -> Path:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edje_pipeline.models.assemble import BackboneSource, ModelParts, load_backbone, make_model
+from edje_pipeline.models.assemble import BackboneSource, ModelParts, load_backbone, make_model, squashed
 from edje_pipeline.models.backbone import Backbone
 from edje_pipeline.models.checkpoint import open_model, save_model
 from edje_pipeline.models.tensor_files import read_tensors, write_tensors
@@ -94,11 +93,6 @@ def efficientnet_tensors(path: Path) -> dict[str, torch.Tensor]:
     return dict(zip(expected, tensors.values(), strict=True))
 
 
-def squashed(backbone: Backbone) -> Backbone:
-    """The whole drawing, not its middle."""
-    return Backbone(backbone.spec, replace(backbone.preprocess, resize_mode="squash", crop_pct=1.0), backbone.trunk)
-
-
 def read_names(tar: Path) -> dict[str, dict[str, Any]]:
     """What each drawing of a tar is called, by image_id."""
     found = {}
@@ -156,26 +150,11 @@ def start(options: argparse.Namespace, weights: dict[str, Path], student: Path) 
     target: Path = options.out / "start"
     if (target / "config.json").exists():
         return target
-    bert = options.out / "bert-first-layers"
-    bert.mkdir(exist_ok=True)
-    config = json.loads((weights["bert"] / "config.json").read_text()) | {"num_hidden_layers": NUM_LAYERS}
-    (bert / "config.json").write_text(json.dumps(config))
-    shutil.copy(weights["bert"] / "tokenizer.json", bert / "tokenizer.json")
-    tensors = read_tensors(weights["bert"] / "model.safetensors")
-    kept = {name: value.float() for name, value in tensors.items() if _layer_of(name) < NUM_LAYERS}
-    write_tensors(bert / "model.safetensors", kept)
-    parts = ModelParts(joint_encoder=bert, sentence_encoder=weights["bert"], num_compressed_tokens=NUM_TOKENS,
-                       adapter_mlp_dim=ADAPTER_MLP)  # fmt: skip
-    made = make_model(options.out / "start-crop", NAME, BackboneSource(STUDENT, weights=str(student)), parts)
-    spec = replace(made.spec, preprocess=replace(made.spec.preprocess, resize_mode="squash", crop_pct=1.0))
-    files = {part: made.path / f"{part}.safetensors" for part in ("backbone", "adapter", "joint_encoder", "text_tower")}
-    save_model(target, spec, tokenizer=made.path / "tokenizer.json", **files)  # type: ignore[arg-type]
-    return target
-
-
-def _layer_of(name: str) -> int:
-    parts = name.split(".")
-    return int(parts[parts.index("layer") + 1]) if "layer" in parts else -1
+    parts = ModelParts(
+        joint_encoder=weights["bert"], joint_layers=NUM_LAYERS, sentence_encoder=weights["bert"],
+        num_compressed_tokens=NUM_TOKENS, adapter_mlp_dim=ADAPTER_MLP, squash=True,
+    )  # fmt: skip
+    return make_model(target, NAME, BackboneSource(STUDENT, weights=str(student)), parts).path
 
 
 def captions_of(row: dict[str, Any]) -> list[str]:

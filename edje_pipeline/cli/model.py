@@ -132,6 +132,12 @@ def make_model_command(
     image_size: Annotated[
         int | None, typer.Option("--image-size", min=8, help="Pixels, both sides.", show_default="the backbone's own")
     ] = None,
+    joint_layers: Annotated[
+        int | None, typer.Option("--joint-layers", min=1, help="Only the first layers of it.", show_default="all")
+    ] = None,
+    squash: Annotated[
+        bool, typer.Option("--squash", help="See the whole image, squeezed, instead of the backbone's own crop.")
+    ] = False,
     name: Annotated[str | None, typer.Option("--name", help="The model's name.", show_default="--out's")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of what starts random.")] = 0,
     format: FormatOption = OutputFormat.text,
@@ -147,8 +153,8 @@ def make_model_command(
             --joint-encoder MiniLM-L12-H384-uncased/
 
         edje-pipeline make-model --out MODEL --backbone dinov2-onnx:vit_s_focus.onnx
-            --image-size 112 --tokens 16 --joint-encoder all-MiniLM-L6-v2/
-            --sentence-encoder all-MiniLM-L6-v2/
+            --image-size 112 --squash --tokens 16 --sentence-encoder all-MiniLM-L6-v2/
+            --joint-encoder all-MiniLM-L6-v2/ --joint-layers 3
     """
     from edje_pipeline.models.assemble import BackboneSource, ModelParts, make_model
     from edje_pipeline.models.backbone import parse_source
@@ -159,7 +165,10 @@ def make_model_command(
     if image_size is not None:
         options["img_size" if kind in ("timm", "open_clip") else "image_size"] = image_size
     source = BackboneSource(backbone, weights, options, text_tower, text_tokenizer)
-    parts = ModelParts(joint_encoder, None if local else tokens, adapter, mlp_dim, sentence_encoder, seed)
+    parts = ModelParts(
+        joint_encoder, None if local else tokens, adapter, mlp_dim, sentence_encoder,
+        joint_layers=joint_layers, squash=squash, seed=seed,
+    )  # fmt: skip
     emit(ModelSummary(make_model(out, name or out.name, source, parts), f"assembled {out.name}"), format)
 
 

@@ -161,6 +161,10 @@ class ModelParts:
     adapter_mlp_dim: int = 8192
     sentence_encoder: Path | None = None
     """A BERT directory used as text tower of a backbone that has none."""
+    joint_layers: int | None = None
+    """Only the first so many layers of `joint_encoder`; None: all."""
+    squash: bool = False
+    """Squeeze the whole image into the backbone's square instead of its own resize and crop."""
     seed: int = 0
 
 
@@ -172,6 +176,8 @@ def make_model(directory: Path, name: str, source: BackboneSource, parts: ModelP
     """
     loaded = load_backbone(source)
     backbone, text_tower = loaded.backbone, loaded.text_tower
+    if parts.squash:
+        backbone = squashed(backbone)
     if text_tower is None and parts.sentence_encoder is not None:
         text_tower = sentence_text_tower(parts.sentence_encoder)
         # Equal widths by chance are still two spaces: only a map leads from one to the other.
@@ -181,7 +187,7 @@ def make_model(directory: Path, name: str, source: BackboneSource, parts: ModelP
     num_tokens = parts.num_compressed_tokens or backbone.spec.num_vision_tokens
     joint_spec, joint_tensors = load_hf_bert(
         parts.joint_encoder, vocab_size=tokenizer.vocab_size,
-        max_positions=tokenizer.max_text_tokens + num_tokens, seed=parts.seed,
+        max_positions=tokenizer.max_text_tokens + num_tokens, num_layers=parts.joint_layers, seed=parts.seed,
     )  # fmt: skip
     kind: Literal["compressed", "local"] = "local" if parts.num_compressed_tokens is None else "compressed"
     adapter_spec = AdapterSpec(
@@ -200,6 +206,14 @@ def make_model(directory: Path, name: str, source: BackboneSource, parts: ModelP
         directory, spec, backbone=backbone, adapter=adapter, joint_encoder=joint_tensors, tokenizer=tokenizer,
         text_tower=text_tower, card=_card(spec, source, parts),
     )  # fmt: skip
+
+
+def squashed(backbone: Backbone) -> Backbone:
+    """The same backbone seeing the whole image: a centre crop cuts off what a drawing shows at its edges."""
+    whole = replace(backbone.preprocess, resize_mode="squash", crop_pct=1.0)
+    twin = Backbone(backbone.spec, whole, backbone.trunk)
+    twin.embedding_map = backbone.embedding_map
+    return twin
 
 
 def with_embedding_map(backbone: Backbone, embedding_dim: int, *, seed: int = 0) -> Backbone:

@@ -91,8 +91,19 @@ def extend_rows(table: Tensor, num_rows: int) -> Tensor:
     return torch.cat([table, table[-1:].expand(num_rows - len(table), -1)]).contiguous()
 
 
+def layer_number(name: str) -> int:
+    """Which layer a tensor of transformers' BERT belongs to, from 0; -1 for the rest."""
+    parts = name.split(".")
+    return int(parts[parts.index("layer") + 1]) if "layer" in parts[:-1] else -1
+
+
 def load_hf_bert(
-    directory: str | Path, *, vocab_size: int | None = None, max_positions: int | None = None, seed: int = 0
+    directory: str | Path,
+    *,
+    vocab_size: int | None = None,
+    max_positions: int | None = None,
+    num_layers: int | None = None,
+    seed: int = 0,
 ) -> tuple[JointEncoderSpec, dict[str, Tensor]]:
     """Reads a Hugging Face BERT directory as the start of a joint encoder, in float32.
 
@@ -102,18 +113,26 @@ def load_hf_bert(
         vocab_size: rows wanted in the word table, usually the vocabulary plus `<image>`; new rows are
             the mean of the old ones. None: one more than the table has.
         max_positions: wanted at least, text and image tokens together; see `extend_rows`.
+        num_layers: only the first so many; None: all.
         seed: for the classifier, which BERT has not, and for the pooler where it is absent.
 
     Returns:
         The spec and every tensor of a `JointEncoder` of it.
 
     Raises:
-        ModelError: not a BERT, or weights missing or misshapen.
+        ModelError: not a BERT, weights missing or misshapen, or fewer layers than wanted.
     """
     directory = Path(directory)
     config = read_bert_config(directory)
+    if num_layers is not None:
+        there = int(config.get("num_hidden_layers", 0))
+        if not 1 <= num_layers <= there:
+            raise ModelError(f"{directory} has {there} layers, {num_layers} were asked for")
+        config = {**config, "num_hidden_layers": num_layers}
     spec = spec_from_hf_config(config, where=str(directory / "config.json"))
     raw = {_plain_name(name): tensor.float() for name, tensor in _read_all(directory).items()}
+    if num_layers is not None:
+        raw = {name: tensor for name, tensor in raw.items() if layer_number(name) < num_layers}
     tensors = from_hf_names(raw, spec.num_layers, where=str(directory))
     words = tensors["word_embeddings.weight"]
     rows = len(words) + 1 if vocab_size is None else vocab_size

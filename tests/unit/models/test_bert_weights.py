@@ -125,3 +125,14 @@ def test_real_minilm_loads():
     encoder = JointEncoder(spec)
     encoder.load_state_dict(tensors)
     assert encoder.position_embeddings.weight.shape == (640, 384)
+
+
+def test_only_the_first_layers(tmp_path):
+    want = write_bert(tmp_path / "bert")
+    spec, tensors = load_hf_bert(tmp_path / "bert", num_layers=1)
+    assert spec.num_layers == 1
+    assert not any(name.startswith("layers.1.") for name in tensors)
+    assert torch.equal(tensors["layers.0.mlp_in.weight"], want["layers.0.mlp_in.weight"])
+    JointEncoder(spec).load_state_dict(tensors)
+    with pytest.raises(ModelError, match="has 2 layers, 3 were asked for"):
+        load_hf_bert(tmp_path / "bert", num_layers=3)

@@ -19,8 +19,6 @@ from edje_pipeline.models.assemble import BackboneSource, load_backbone
 from edje_pipeline.models.tensor_files import write_tensors
 from edje_pipeline.training.recipe import NegativeSpec, Phase, Recipe, read_recipe
 from recipes.bundled_model import (
-    NUM_LAYERS,
-    _layer_of,
     efficientnet_tensors,
     pictures,
     smaller,
@@ -109,11 +107,6 @@ def test_smaller_counts_hard_negatives_and_micro_batches() -> None:
     assert (tried.steps, tried.batch_size, tried.accumulation) == (50, 12, 4)
     assert tried.negatives.num <= 2
     Recipe((tried,))
-
-
-def test_layers_kept_of_the_joint_encoder() -> None:
-    assert [_layer_of(f"encoder.layer.{number}.output.dense.weight") for number in (0, 2, 11)] == [0, 2, 11]
-    assert _layer_of("embeddings.word_embeddings.weight") < NUM_LAYERS
 
 
 def emoji_tar(path: Path) -> Path:

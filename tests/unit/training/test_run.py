@@ -90,3 +90,14 @@ def test_neighbours_by_first_stage_need_one(tmp_path: Path, job: TrainJob, monke
     assert by_texts.state.corpus.image_embeddings is None
     # No phase wants neighbours: nothing is missing.
     prepare(replace(kept, recipe=replace(job.recipe, phases=(replace(PHASE, neighbours=0.0),))), Collective())
+
+
+def test_a_squashed_start_sees_the_whole_image_and_keeps_its_map(tmp_path: Path) -> None:
+    from edje_pipeline.models.assemble import BackboneSource, load_backbone, squashed, with_embedding_map
+
+    source = BackboneSource("timm:vit_tiny_patch16_224", weights="random:0", options={"img_size": 32, "depth": 1})
+    before = with_embedding_map(load_backbone(source).backbone, 8)
+    after = squashed(before)
+    assert before.preprocess.crop_pct < 1
+    assert (after.preprocess.resize_mode, after.preprocess.crop_pct) == ("squash", 1.0)
+    assert after.embedding_map is before.embedding_map
