@@ -89,8 +89,9 @@ class DemoResult:
         for row in self.rows:
             for place, pair in enumerate(zip(row.first_stage, row.reranked, strict=True)):
                 marked = (f"{MARK if name == row.wanted else ' '} {_cut(name, IMAGE_WIDTH)}" for name in pair)
-                query = row.query if row.is_trained_on else f"{row.query} {UNTRAINED_MARK}"
-                lines.append(_columns((_cut(query, QUERY_WIDTH) if place == 0 else "", *marked)))
+                mark = "" if row.is_trained_on else f" {UNTRAINED_MARK}"
+                query = _cut(row.query, QUERY_WIDTH - len(mark)) + mark if place == 0 else ""
+                lines.append(_columns((query, *marked)))
             lines.append("")
         lines += [
             f"{MARK} the drawing of that name"

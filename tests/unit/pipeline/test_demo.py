@@ -125,3 +125,12 @@ def test_the_table_fits_80_columns_and_marks_what_was_asked_for():
     assert any(line.split() == ["all", "names", "1,658", "25.0%", "33.3%"] for line in lines)
     assert any(line.split()[-3:] == ["338", "20.0%", "24.0%"] for line in lines)
     assert json.loads(json.dumps(result.to_dict()))["rows"][0]["wanted"] == "red-apple"
+
+
+def test_a_query_that_was_not_trained_on_keeps_its_mark_when_it_is_cut():
+    row = QueryRow("umbrella with rain drops and more", ["a", "b", "c"], ["a", "b", "c"], is_trained_on=False)
+    result = DemoResult("d", "m", False, 3, 0, 1.0, 10, 30, 1.0, 1.0, 0.0, Measured(3, 0.5, 0.5), rows=[row])
+    lines = result.to_text().splitlines()
+    assert lines[2].split("  ")[0].endswith("… *")
+    assert any("* not trained on" in line for line in lines)
+    assert max(map(len, lines)) <= 80
