@@ -33,10 +33,10 @@ from edje_pipeline.pipeline.extract import ExtractConfig, run_extract
 from edje_pipeline.pipeline.runner import ExecutorOptions
 from edje_pipeline.training.collective import Collective
 from edje_pipeline.training.run import TrainJob, prepare, train
+from recipes.bundled_model import captions_of
 
 FUSION_WEIGHTS = (0.0, 5.0, 10.0, 20.0, 40.0)
 ADAPTER_MLP = 2048
-KEYWORDS = 6
 ARTISTS = ("emojione", "fluent", "noto", "openmoji", "twemoji")
 
 
@@ -65,7 +65,7 @@ def write_captions(inputs: Inputs) -> None:
         "val": rows["val"],
     }
     for name, part in chosen.items():
-        lines = [json.dumps({"image_id": row["id"], "captions": _captions(row)}) + "\n" for row in part]
+        lines = [json.dumps({"image_id": row["id"], "captions": captions_of(row)}) + "\n" for row in part]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     keep = {row["id"].rsplit(".", 1)[0] for row in chosen["artist"]}
     with tarfile.open(inputs.emoji / "train.tar") as source, tarfile.open(folder / "artist.tar", "w") as target:
@@ -84,10 +84,6 @@ def _read_tar(path: Path) -> list[dict[str, Any]]:
                 assert data is not None
                 found.append({**json.load(data), "id": member.name.removesuffix(".json")})
     return found
-
-
-def _captions(row: dict[str, Any]) -> list[str]:
-    return [row["name"], f"{row['name']}, {', '.join(row['keywords'][:KEYWORDS])}"]
 
 
 def start_of(inputs: Inputs, run: Run) -> Path:
