@@ -88,7 +88,8 @@ def _read_tar(path: Path) -> list[dict[str, Any]]:
 
 def start_of(inputs: Inputs, run: Run) -> Path:
     """The untrained start of a run."""
-    target = inputs.work / "starts" / f"{run.tokens}-{run.image_size}-{run.num_layers}"
+    places = "-positions" if run.key_positions else ""
+    target = inputs.work / "starts" / f"{run.tokens}-{run.image_size}-{run.num_layers}{places}"
     if (target / "config.json").exists():
         return target
     source = BackboneSource(
@@ -97,6 +98,7 @@ def start_of(inputs: Inputs, run: Run) -> Path:
     parts = ModelParts(
         joint_encoder=inputs.bert, joint_layers=run.num_layers, sentence_encoder=inputs.bert, squash=True,
         num_compressed_tokens=None if run.tokens == "local" else int(run.tokens), adapter_mlp_dim=ADAPTER_MLP,
+        key_positions=run.key_positions,
     )  # fmt: skip
     return make_model(target, target.name, source, parts).path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from edje_pipeline.training.recipe import LossWeights, NegativeSpec, Phase, Recipe, read_recipe
 
@@ -23,6 +24,7 @@ class Run:
     """artists4: four artists, tested on the fifth and on unseen concepts; artists5; photos."""
     tokens: str = "64"
     """Compressed tokens, or `local`."""
+    key_positions: bool = False
     image_size: int = 112
     num_layers: int = 6
     teacher: str = ""
@@ -154,19 +156,25 @@ def final() -> list[Run]:
 def compress() -> list[Run]:
     """Compressed adapters behind the local model's joint encoder, in a size for a CPU: needs WORK/runs/local/model."""
     imitate = warm_up(
-        600, name="tokens", batch_size=128, learning_rate=1e-3, adapter_rate=1.0, token_dropout=0.0, dropout=0.0,
+        300, name="tokens", batch_size=128, learning_rate=2e-4, adapter_rate=1.0, token_dropout=0.0, dropout=0.0,
         weights=LossWeights(tokens=1.0),
     )  # fmt: skip
     pairs = matrix(
-        300, batch_size=12, learning_rate=3e-5, adapter_rate=5.0, token_dropout=0.0, dropout=0.0,
+        200, batch_size=12, learning_rate=2e-5, adapter_rate=2.0, token_dropout=0.0, dropout=0.0,
         negatives=NegativeSpec(0, 11), weights=LossWeights(itm=1.0, distillation=1.0, tokens=0.3),
     )  # fmt: skip
-    plan = recipe(imitate, pairs, views=2, precision="bfloat16", validate_every=150)
-    return [
-        Run(f"from-local-{tokens}", plan, tokens=tokens, num_layers=3, teacher="local", start="local",
-            codecs=("float16", "opq16") if tokens == "64" else ("float16",))
+    plan = recipe(imitate, pairs, views=2, precision="bfloat16", validate_every=100, calibrate_adapter=False,
+                  adapter_start="local-teacher")  # fmt: skip
+    finish = replace(pairs, name="quantized", quantize="opq16", learning_rate=1e-5)
+    shared: dict[str, Any] = {"num_layers": 3, "teacher": "local", "key_positions": True}
+    runs = [
+        Run(f"from-local-{tokens}", plan, tokens=tokens, start="local",
+            codecs=("float16", "int8", "int4", "opq16") if tokens == "64" else ("float16",), **shared)
         for tokens in ("64", "32", "16")
     ]  # fmt: skip
+    tail = replace(plan, adapter_start="model", phases=(finish,))
+    return [*runs, Run("from-local-64-quantized", tail, start="from-local-64", codecs=("float16", "opq16"), stage=1,
+                       **shared)]  # fmt: skip
 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:

@@ -135,6 +135,10 @@ def make_model_command(
     joint_layers: Annotated[
         int | None, typer.Option("--joint-layers", min=1, help="Only the first layers of it.", show_default="all")
     ] = None,
+    key_positions: Annotated[
+        bool,
+        typer.Option("--key-positions", help="Learned positions in the adapter's keys, for adapter-start of a recipe."),
+    ] = False,
     squash: Annotated[
         bool, typer.Option("--squash", help="See the whole image, squeezed, instead of the backbone's own crop.")
     ] = False,
@@ -167,7 +171,7 @@ def make_model_command(
     source = BackboneSource(backbone, weights, options, text_tower, text_tokenizer)
     parts = ModelParts(
         joint_encoder, None if local else tokens, adapter, mlp_dim, sentence_encoder,
-        joint_layers=joint_layers, squash=squash, seed=seed,
+        joint_layers=joint_layers, squash=squash, seed=seed, key_positions=key_positions,
     )  # fmt: skip
     emit(ModelSummary(make_model(out, name or out.name, source, parts), f"assembled {out.name}"), format)
 

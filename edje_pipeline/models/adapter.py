@@ -67,16 +67,19 @@ class TokenAdapter(nn.Module):
     def check(self, vision_tokens: Tensor) -> None:
         """Raises ShapeMismatchError unless the tokens are (B, N, D), with N as the local adapter expects."""
         shape = tuple(vision_tokens.shape)
-        wrong_count = self.spec.kind == "local" and len(shape) == 3 and shape[1] != self.spec.num_compressed_tokens
-        if len(shape) != 3 or shape[2] != self.spec.input_dim or wrong_count:
-            count = self.spec.num_compressed_tokens if self.spec.kind == "local" else "N"
+        wanted = self.spec.num_compressed_tokens if self.spec.kind == "local" else self.spec.num_key_positions
+        if len(shape) != 3 or shape[2] != self.spec.input_dim or (wanted and shape[1] != wanted):
+            count = wanted or "N"
             raise ShapeMismatchError(
                 f"the {self.spec.kind} adapter takes vision tokens (B, {count}, {self.spec.input_dim}), got {shape}"
             )
 
 
 class CompressedAdapter(TokenAdapter):
-    """M learned latents attend over the vision tokens; no residual around the attention."""
+    """M learned latents attend over the vision tokens; no residual around the attention.
+
+    Not in the paper: `key_positions` (1, N, D), where the spec asks for them.
+    """
 
     def __init__(self, spec: AdapterSpec) -> None:
         super().__init__(spec)
@@ -85,6 +88,9 @@ class CompressedAdapter(TokenAdapter):
             raise ConfigError(f"adapter width {width} is not a multiple of its {spec.num_heads} heads")
         self.query = nn.Parameter(torch.randn(1, spec.num_compressed_tokens, width))
         self.key = nn.Linear(width, width)
+        self.key_positions: nn.Parameter | None = None
+        if spec.num_key_positions:
+            self.key_positions = nn.Parameter(torch.zeros(1, spec.num_key_positions, width))
         self.value = nn.Linear(width, width)
         self.attention = LatentAttention(width, spec.num_heads)
         self.layernorm = nn.LayerNorm(width, eps=spec.norm_eps)
@@ -94,10 +100,15 @@ class CompressedAdapter(TokenAdapter):
     def forward(self, vision_tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, M, E)."""
         self.check(vision_tokens)
-        latents = self.attention(self.query, self.key(vision_tokens), self.value(vision_tokens))
+        latents = self.attention(self.query, self.keys(vision_tokens), self.value(vision_tokens))
         latents = latents + self.mlp(self.layernorm(latents))
         projected: Tensor = self.projection(latents)
         return projected
+
+    def keys(self, vision_tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D): what the latents are compared with."""
+        keys: Tensor = self.key(vision_tokens)
+        return keys if self.key_positions is None else keys + self.key_positions
 
 
 class LocalAdapter(TokenAdapter):

@@ -159,6 +159,8 @@ class ModelParts:
     adapter: Path | None = None
     """adapter.safetensors of another model; None starts with random weights."""
     adapter_mlp_dim: int = 8192
+    key_positions: bool = False
+    """Learned positions in the keys of a compressed adapter; see `AdapterSpec`."""
     sentence_encoder: Path | None = None
     """A BERT directory used as text tower of a backbone that has none."""
     joint_layers: int | None = None
@@ -193,6 +195,7 @@ def make_model(directory: Path, name: str, source: BackboneSource, parts: ModelP
     adapter_spec = AdapterSpec(
         kind, backbone.spec.width, joint_spec.width, num_tokens, backbone.spec.num_heads,
         parts.adapter_mlp_dim, backbone.spec.norm_eps,
+        num_key_positions=backbone.spec.num_vision_tokens if parts.key_positions and kind == "compressed" else 0,
     )  # fmt: skip
     spec = ModelSpec(
         name, backbone.spec, backbone.preprocess, adapter_spec, joint_spec,

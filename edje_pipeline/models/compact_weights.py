@@ -21,6 +21,8 @@ Storage: TypeAlias = Literal["float32", "float16", "int8"]
 STORAGES: tuple[str, ...] = get_args(Storage)
 SCALE_SUFFIX = "@row_scale"
 INT8_MAX = 127
+SMALLEST_SCALE = 2.0**-24
+"""The smallest positive float16."""
 KEPT_MODULES = frozenset({"position_embeddings", "positional_embedding", "type_embeddings", "classifier"})
 """Small tables that every token passes, and the last map: float16 where the other matrices are int8."""
 
@@ -75,7 +77,10 @@ def quantize_rows(name: str, matrix_rc: Tensor) -> tuple[Tensor, Tensor]:
 
     matrix_rc = matrix_rc.detach().float()
     exact_r1 = matrix_rc.abs().amax(dim=1, keepdim=True) / INT8_MAX
-    scale_r1 = exact_r1.to(torch.float16)
+    # The smallest float16 stands in for scales below it: a row of tiny values keeps its bound.
+    scale_r1 = torch.where(matrix_rc.abs().amax(dim=1, keepdim=True) > 0, exact_r1.clamp(min=SMALLEST_SCALE), 0.0).to(
+        torch.float16
+    )
     # Rounded up, so that the largest value of a row still fits into 127 steps.
     is_short = scale_r1.float() < exact_r1
     scale_r1 = torch.where(is_short, torch.nextafter(scale_r1, torch.full_like(scale_r1, torch.inf)), scale_r1)

@@ -24,7 +24,8 @@ def adapter_shapes(spec: AdapterSpec) -> Shapes:
     width = spec.input_dim
     if spec.kind == "local":
         return _linear("mlp.fc1", spec.mlp_dim, width) | _linear("mlp.fc2", spec.output_dim, spec.mlp_dim)
-    return {
+    positions: Shapes = {"key_positions": (1, spec.num_key_positions, width)} if spec.num_key_positions else {}
+    return positions | {
         "query": (1, spec.num_compressed_tokens, width),
         **_linear("key", width, width),
         **_linear("value", width, width),

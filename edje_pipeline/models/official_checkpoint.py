@@ -132,9 +132,11 @@ def export_checkpoint(model: ModelDirectory, path: Path) -> int:
         path: `.safetensors`, or anything else for a `torch.save` file with the entry `model`.
 
     Raises:
-        ModelError: the backbone is no SigLIP with Hugging Face names.
+        ModelError: the backbone is no SigLIP with Hugging Face names, or the adapter has key positions.
     """
     spec = model.spec
+    if spec.adapter.num_key_positions:
+        raise ModelError(f"the adapter of {model.path} has key positions, for which the authors have no name")
     record = json.loads(model.file(RECORD_FILE).read_text()) if RECORD_FILE in model.files else {}
     joint = read_tensors(model.file("joint_encoder.safetensors"))
     available: dict[str, Tensor] = names.joint_to_official(joint)

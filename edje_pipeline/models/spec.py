@@ -85,6 +85,9 @@ class AdapterSpec:
     num_heads: int = 16
     mlp_dim: int = 8192
     norm_eps: float = 1e-6
+    num_key_positions: int = 0
+    """N: every vision token has a learned vector added to its key, by its place (not in the paper, for backbones
+    whose last tokens have forgotten where they were). 0: none."""
     weights_sha256: str = ""
 
     @property
@@ -151,6 +154,11 @@ class ModelSpec:
             problems.append(
                 f"the backbone gives {self.backbone.num_vision_tokens} tokens, "
                 f"the local adapter expects {self.adapter.num_compressed_tokens}"
+            )
+        if self.adapter.num_key_positions not in (0, self.backbone.num_vision_tokens):
+            problems.append(
+                f"the backbone gives {self.backbone.num_vision_tokens} tokens, "
+                f"the adapter's keys have {self.adapter.num_key_positions} positions"
             )
         if self.adapter.output_dim != self.joint_encoder.width:
             problems.append(

@@ -24,7 +24,7 @@ PARTS: dict[str, type] = {
     "joint_encoder": JointEncoderSpec,
     "text_tower": TextTowerSpec,
 }
-NON_NEGATIVE = frozenset({"embedding_dim", "fill", "num_heads"})
+NON_NEGATIVE = frozenset({"embedding_dim", "fill", "num_heads", "num_key_positions"})
 
 
 def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def token_attention(adapter: TokenAdapter, vision_tokens: Tensor) -> Tensor | No
     adapter.check(vision_tokens)
     if not isinstance(adapter, CompressedAdapter):
         return None
-    return head_weights(adapter.attention, adapter.query, adapter.key(vision_tokens)).mean(dim=1)
+    return head_weights(adapter.attention, adapter.query, adapter.keys(vision_tokens)).mean(dim=1)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,8 @@ class Recipe:
     for the caption's own."""
     calibrate_adapter: bool = False
     """Fit a fresh adapter's scales to the vision tokens and the word embeddings first; see calibrate.py."""
+    adapter_start: Literal["model", "local-teacher"] = "model"
+    """local-teacher: a compressed adapter's weights are first made from the teacher's; see local_start.py."""
     precision: Precision = "auto"
     """auto: bfloat16 where the device computes it faster, float32 elsewhere; weights stay float32."""
     log_every: int = 10
@@ -145,6 +147,10 @@ class Recipe:
             problems.append("log-every, validate-every, checkpoint-every and keep-checkpoints start at 1")
         if self.views < 1:
             problems.append(f"views is {self.views}, expected at least 1: the image as it is")
+        if self.adapter_start not in ("model", "local-teacher"):
+            problems.append(f"adapter-start is {self.adapter_start!r}, expected 'model' or 'local-teacher'")
+        if self.adapter_start == "local-teacher" and self.calibrate_adapter:
+            problems.append("adapter-start = 'local-teacher' already fits the scales; leave calibrate-adapter out")
         if self.neighbours_by not in ("texts", "first-stage"):
             problems.append(f"neighbours-by is {self.neighbours_by!r}, expected 'texts' or 'first-stage'")
         if not 0 < self.mask_fraction < 1:

@@ -6,6 +6,7 @@ OUT/model/                  written last: a model directory
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +30,7 @@ from edje_pipeline.training.calibrate import calibrate_adapter
 from edje_pipeline.training.collective import Collective
 from edje_pipeline.training.data import Captions, read_captions
 from edje_pipeline.training.heads import TrainingHeads
+from edje_pipeline.training.local_start import start_from_local
 from edje_pipeline.training.metrics_log import read_metrics
 from edje_pipeline.training.objective import Learner, Teacher
 from edje_pipeline.training.recipe import Phase, Recipe
@@ -41,6 +43,7 @@ from edje_pipeline.training.validation import Validator
 HEADS_FILE = "training_heads.safetensors"
 CODEC_SAMPLE_IMAGES = 4096
 CALIBRATION_IMAGES = 64
+START_IMAGES = 768
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,8 @@ def prepare(job: TrainJob, collective: Collective) -> Prepared:
     tokenizer = model.load_tokenizer()
     corpus = Corpus(captions, source, positions, text_embeddings, image_embeddings, tokenizer)
     learner = _learner(model, text_embeddings.shape[1], job.recipe.seed)
-    if job.recipe.calibrate_adapter:
-        chosen = np.random.default_rng(job.recipe.seed).permutation(positions)[:CALIBRATION_IMAGES]
-        words = float(learner.encoder.word_embeddings.weight.detach().std())
-        calibrate_adapter(learner.adapter, torch.from_numpy(source.tokens(chosen)), words)
+    teacher = _teacher(job, model.spec, device)
+    _start_adapter(job.recipe, learner, teacher, source, positions)
     wants_neighbours = any(phase.neighbours for phase in job.recipe.phases)
     neighbours = nearest_texts(text_embeddings) if wants_neighbours else None
     if neighbours is not None and job.recipe.neighbours_by == "first-stage":
@@ -174,7 +175,7 @@ def prepare(job: TrainJob, collective: Collective) -> Prepared:
     sampler = PairSampler(captions, job.recipe.seed, neighbours, num_views=job.recipe.views)
     state = TrainState(
         learner, corpus, sampler, out, _fingerprints(job, model, captions),
-        device=device, collective=collective, teacher=_teacher(job, model.spec, device),
+        device=device, collective=collective, teacher=teacher,
         fit_codec=_codec_fitter(out, corpus, device),
     )  # fmt: skip
     if job.val_captions:
@@ -298,6 +299,22 @@ def _learner(model: ModelDirectory, embedding_dim: int, seed: int) -> Learner:
     learner = Learner(adapter, encoder, heads)
     learner.requires_grad_(True)
     return learner
+
+
+def _start_adapter(
+    recipe: Recipe, learner: Learner, teacher: Teacher | None, source: TokenSource, positions: np.ndarray
+) -> None:
+    """What the recipe wants done to the adapter before the first step."""
+    num = START_IMAGES if recipe.adapter_start == "local-teacher" else CALIBRATION_IMAGES
+    chosen = np.random.default_rng(recipe.seed).permutation(positions)[:num]
+    if recipe.adapter_start == "local-teacher":
+        if teacher is None:
+            raise ConfigError("adapter-start = 'local-teacher' needs a local model to start from; give it as --teacher")
+        local = copy.deepcopy(teacher.adapter).cpu()
+        start_from_local(learner.adapter, local, torch.from_numpy(source.tokens(chosen)))
+    elif recipe.calibrate_adapter:
+        words = float(learner.encoder.word_embeddings.weight.detach().std())
+        calibrate_adapter(learner.adapter, torch.from_numpy(source.tokens(chosen)), words)
 
 
 def _teacher(job: TrainJob, spec: ModelSpec, device: torch.device) -> Teacher | None:

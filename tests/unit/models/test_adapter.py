@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,9 +16,11 @@ from edje_pipeline.models.spec import AdapterSpec, JointEncoderSpec
 
 COMPRESSED = AdapterSpec("compressed", 48, 32, 4, num_heads=3, mlp_dim=64)
 LOCAL = AdapterSpec("local", 48, 32, 16, num_heads=3, mlp_dim=64)
+PLACED = replace(COMPRESSED, num_key_positions=16)
+ALL = pytest.mark.parametrize("spec", [COMPRESSED, LOCAL, PLACED], ids=["compressed", "local", "placed"])
 
 
-@pytest.mark.parametrize("spec", [COMPRESSED, LOCAL], ids=lambda spec: spec.kind)
+@ALL
 def test_layout_is_the_modules_own(spec):
     adapter = create_adapter(spec)
     assert adapter_shapes(spec) == {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
@@ -40,12 +44,26 @@ def test_number_of_tokens_out():
     [
         (COMPRESSED, (2, 16, 47), r"compressed adapter takes vision tokens \(B, N, 48\), got \(2, 16, 47\)"),
         (COMPRESSED, (16, 48), "got"),
+        (PLACED, (2, 15, 48), r"compressed adapter takes vision tokens \(B, 16, 48\), got \(2, 15, 48\)"),
         (LOCAL, (2, 15, 48), r"local adapter takes vision tokens \(B, 16, 48\), got \(2, 15, 48\)"),
     ],
 )
 def test_wrong_tokens_are_refused(spec, shape, message):
     with pytest.raises(ShapeMismatchError, match=message):
         create_adapter(spec)(torch.zeros(shape))
+
+
+def test_key_positions_start_as_nothing_and_then_tell_places_apart():
+    torch.manual_seed(0)
+    plain, placed = create_adapter(COMPRESSED).eval(), create_adapter(PLACED).eval()
+    placed.load_state_dict(plain.state_dict() | {"key_positions": torch.zeros(1, 16, 48)})
+    tokens = torch.randn(2, 16, 48)
+    with torch.inference_mode():
+        assert torch.equal(placed(tokens), plain(tokens))
+        # Without positions the order of the tokens means nothing.
+        torch.testing.assert_close(plain(tokens.flip(1)), plain(tokens))
+        placed.key_positions.normal_()
+        assert (placed(tokens.flip(1)) - placed(tokens)).abs().max() > 0.01
 
 
 def test_wrong_specs_are_refused():
@@ -56,7 +74,7 @@ def test_wrong_specs_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spec", [COMPRESSED, LOCAL], ids=lambda spec: spec.kind)
+@ALL
 def test_adapter_on_cuda_equals_cpu(spec):
     adapter = create_adapter(spec).eval()
     adapter.load_state_dict(random_tensors(adapter_shapes(spec), 0, "adapter"))
