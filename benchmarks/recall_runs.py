@@ -166,15 +166,23 @@ def compress() -> list[Run]:
     plan = recipe(imitate, pairs, views=2, precision="bfloat16", validate_every=100, calibrate_adapter=False,
                   adapter_start="local-teacher")  # fmt: skip
     finish = replace(pairs, name="quantized", quantize="opq16", learning_rate=1e-5)
+    photos = matrix(
+        240, batch_size=12, learning_rate=3e-5, token_dropout=0.0, negatives=NegativeSpec(0, 11), captions="all",
+    )  # fmt: skip
     shared: dict[str, Any] = {"num_layers": 3, "teacher": "local", "key_positions": True}
-    runs = [
-        Run(f"from-local-{tokens}", plan, tokens=tokens, start="local",
-            codecs=("float16", "int8", "int4", "opq16") if tokens == "64" else ("float16",), **shared)
-        for tokens in ("64", "32", "16")
-    ]  # fmt: skip
+    first: dict[str, Any] = {"tokens": "16", "start": "local", **shared}
     tail = replace(plan, adapter_start="model", phases=(finish,))
-    return [*runs, Run("from-local-64-quantized", tail, start="from-local-64", codecs=("float16", "opq16"), stage=1,
-                       **shared)]  # fmt: skip
+    alone = recipe(photos, views=2, precision="bfloat16", validate_every=60, calibrate_adapter=False)
+    return [
+        Run("from-local-64", plan, start="local", codecs=("float16", "int8", "int4", "opq16"), **shared),
+        Run("from-local-32", plan, **{**first, "tokens": "32"}),
+        Run("from-local-16", plan, **first),
+        *(Run(f"from-local-16-no-{loss}", without(plan, loss, after=1), **first) for loss in ("itm", "distillation")),
+        Run("from-local-16-tokens-only", replace(plan, phases=plan.phases[:1]), **first),
+        Run("from-local-16-no-start", replace(plan, adapter_start="model", calibrate_adapter=True), **first),
+        Run("photos-from-local", alone, data="photos", tokens="local", num_layers=3, start="local"),
+        Run("from-local-64-quantized", tail, start="from-local-64", codecs=("float16", "opq16"), stage=1, **shared),
+    ]  # fmt: skip
 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:
@@ -188,12 +196,10 @@ def no_token_dropout(recipe: Recipe) -> Recipe:
     return replace(recipe, phases=tuple(replace(phase, token_dropout=0.0) for phase in recipe.phases))
 
 
-def without(recipe: Recipe, loss: str) -> Recipe:
-    """The recipe with one loss off everywhere."""
-    return replace(
-        recipe,
-        phases=tuple(replace(phase, weights=replace(phase.weights, **{loss: 0.0})) for phase in recipe.phases),
-    )
+def without(recipe: Recipe, loss: str, *, after: int = 0) -> Recipe:
+    """The recipe with one loss off, from phase number `after` on."""
+    changed = [replace(phase, weights=replace(phase.weights, **{loss: 0.0})) for phase in recipe.phases[after:]]
+    return replace(recipe, phases=(*recipe.phases[:after], *changed))
 
 
 def only_after(recipe: Recipe, *, contrastive: float | None = None, neighbours: float | None = None) -> Recipe:

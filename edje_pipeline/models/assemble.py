@@ -159,12 +159,12 @@ class ModelParts:
     adapter: Path | None = None
     """adapter.safetensors of another model; None starts with random weights."""
     adapter_mlp_dim: int = 8192
-    key_positions: bool = False
-    """Learned positions in the keys of a compressed adapter; see `AdapterSpec`."""
     sentence_encoder: Path | None = None
     """A BERT directory used as text tower of a backbone that has none."""
     joint_layers: int | None = None
     """Only the first so many layers of `joint_encoder`; None: all."""
+    key_positions: bool = False
+    """Learned positions in the keys of a compressed adapter; see `AdapterSpec`."""
     squash: bool = False
     """Squeeze the whole image into the backbone's square instead of its own resize and crop."""
     seed: int = 0
