@@ -106,6 +106,7 @@ def main() -> None:
     a, b = (value.astype(np.float32) for value in (embeddings[False], embeddings[True]))
     cosines = (a * b).sum(axis=1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
     x, y = (value.astype(np.float32) for value in (tokens[False], tokens[True]))
+    rows.sort(key=lambda row: row[1:3] + row[:1])
     lines = [
         (
             f"{len(paths)} captioned photographs; model `{model.spec.name}` ({model.spec.backbone.source} at "
@@ -117,13 +118,11 @@ def main() -> None:
             f"{decoding.rms:.2f} of 255 (rms), {decoding.largest} at most."
         ),
         (
-            f"Embeddings: lowest cosine {cosines.min():.4f}, median {np.median(cosines):.4f}. Tokens: relative difference "
-            f"{np.linalg.norm(x - y) / np.linalg.norm(x):.4f}."
+            f"Embeddings: lowest cosine {cosines.min():.4f}, median {np.median(cosines):.4f}. Tokens: relative "
+            f"difference {np.linalg.norm(x - y) / np.linalg.norm(x):.4f}."
         ),
         "",
-        *table(
-            ["decoded", "direction", "stage", "R@1", "R@5", "MRR"], sorted(rows, key=lambda row: row[1:3] + row[:1])
-        ),
+        *table(["decoded", "direction", "stage", "R@1", "R@5", "MRR"], rows),
     ]
     write_report("reduced_jpeg", "Decoding JPEGs at a reduced scale", lines, out=options.out)
 
