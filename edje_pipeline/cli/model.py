@@ -176,6 +176,45 @@ def make_model_command(
     emit(ModelSummary(make_model(out, name or out.name, source, parts), f"assembled {out.name}"), format)
 
 
+@app.command("make-student")
+@handled
+def make_student_command(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Trained model directory with a local adapter.")],
+    out: OutOption,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="M, compressed tokens an image.")] = 64,
+    mlp_dim: Annotated[
+        int | None, typer.Option("--mlp-dim", min=1, help="Hidden size of the adapter.", show_default="the teacher's")
+    ] = None,
+    key_positions: Annotated[
+        bool, typer.Option("--key-positions/--no-key-positions", help="Learned positions in the adapter's keys.")
+    ] = True,
+    name: Annotated[str | None, typer.Option("--name", help="The model's name.", show_default="--out's")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the adapter's random weights.")] = 0,
+    format: FormatOption = OutputFormat.text,
+    debug: DebugOption = False,
+) -> None:
+    """Put a fresh compressed adapter before the other parts of a trained local model.
+
+    Train it by distillation: docs/training.md, "A compressed adapter from a local teacher".
+
+    Examples:
+
+        edje-pipeline make-student LOCAL --tokens 32 --out START
+
+        edje-pipeline train --model START --teacher LOCAL --recipe recipes/compress.toml
+            --captions captions.jsonl --images photos/ --out RUN
+    """
+    from edje_pipeline.models.checkpoint import open_model
+    from edje_pipeline.models.student import make_student
+    from edje_pipeline.models.summary import ModelSummary
+
+    student = make_student(
+        out, name or out.name, open_model(teacher), num_compressed_tokens=tokens, mlp_dim=mlp_dim,
+        key_positions=key_positions, seed=seed,
+    )  # fmt: skip
+    emit(ModelSummary(student, f"student {out.name}"), format)
+
+
 @app.command("compact-model")
 @handled
 def compact_model_command(

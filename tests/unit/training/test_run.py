@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from edje_pipeline.errors import ConfigError
 from edje_pipeline.models.assemble import BackboneSource, ModelParts, make_model
+from edje_pipeline.models.student import make_student
 from edje_pipeline.training.collective import Collective
+from edje_pipeline.training.losses import token_loss
 from edje_pipeline.training.recipe import LossWeights, Phase, Recipe
-from edje_pipeline.training.run import TrainJob, prepare
+from edje_pipeline.training.run import TrainJob, prepare, train
 from edje_pipeline.training.token_source import CachedTokens, ImageTokens
 from tests.training_helpers import draw_shapes, write_tiny_bert
 
@@ -101,3 +104,26 @@ def test_a_squashed_start_sees_the_whole_image_and_keeps_its_map(tmp_path: Path)
     assert before.preprocess.crop_pct < 1
     assert (after.preprocess.resize_mode, after.preprocess.crop_pct) == ("squash", 1.0)
     assert after.embedding_map is before.embedding_map
+
+
+def test_a_student_starts_from_its_teacher(tmp_path: Path, job: TrainJob) -> None:
+    bert = Path(job.model).parent / "bert"
+    source = BackboneSource("timm:vit_tiny_patch16_224", weights="random:0", options=dict(TINY))
+    parts = ModelParts(bert, None, adapter_mlp_dim=64, sentence_encoder=bert)
+    teacher = make_model(tmp_path / "local", "local", source, parts)
+    student = make_student(tmp_path / "student", "student", teacher, num_compressed_tokens=4)
+    phase = Phase("tokens", 2, batch_size=4, weights=LossWeights(tokens=1.0))
+    recipe = Recipe((phase,), adapter_start="local-teacher")
+    wanted = replace(job, model=str(student.path), recipe=recipe, cache_dir=str(tmp_path / "cache"))
+
+    with pytest.raises(ConfigError, match="give it as --teacher"):
+        prepare(replace(wanted, out=str(tmp_path / "none")), Collective())
+    prepared = prepare(replace(wanted, out=str(tmp_path / "out"), teacher=str(teacher.path)), Collective())
+    vision = torch.from_numpy(prepared.state.corpus.source.tokens(np.arange(12))).float()
+    with torch.inference_mode():
+        wanted_tokens = teacher.load_adapter()(vision)
+        started = token_loss(prepared.learner.adapter(vision), wanted_tokens).item()
+        fresh = token_loss(student.load_adapter()(vision), wanted_tokens).item()
+    assert started < 0.3 < 0.9 < fresh
+    train(replace(wanted, out=str(tmp_path / "out"), teacher=str(teacher.path)))
+    assert (tmp_path / "out" / "model" / "config.json").exists()
