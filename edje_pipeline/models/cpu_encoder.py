@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from edje_pipeline.errors import DeviceError
 from edje_pipeline.models.bert_layers import BertLayer
+from edje_pipeline.models.cpu_linear import NO_POST_OP, has_onednn
 from edje_pipeline.models.joint_encoder import JointEncoder
 
 INT8_MAX = 127
@@ -33,7 +34,6 @@ HALVES_MAX = 256 * INT8_MAX + 127
 BLOCK_INPUTS = 384
 """Inputs that share a weight's scale. At most 516, or 256 high + low does not fit 32 bits; the MLP's second map has
 its largest inputs in a few channels, and one scale for all 1,536 doubles the error of its weights."""
-NO_POST_OP: tuple[str, list[float], str] = ("none", [], "")
 EXACT_GELU: tuple[str, list[float], str] = ("gelu", [], "none")
 
 
@@ -198,13 +198,6 @@ def cpu_encoder(encoder: JointEncoder, precision: str) -> JointEncoder:
     last = len(encoder.layers) - 1
     layers = [build(layer, is_last=number == last) for number, layer in enumerate(encoder.layers)]  # type: ignore[arg-type]
     return encoder.with_layers(layers).eval()
-
-
-@cache
-def has_onednn() -> bool:
-    """Whether PyTorch here has oneDNN's linear map."""
-    is_built = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-    return is_built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @cache

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from edje_pipeline.errors import ConfigError, DeviceError, ShapeMismatchError
+from edje_pipeline.models.cpu_linear import with_frozen_linears
 from edje_pipeline.storage.arrow import fixed_binary_from_numpy, numpy_from_fixed_binary
 from edje_pipeline.storage.codecs.base import Codec
 from edje_pipeline.storage.schema import RejectReason, RejectStage, token_batch_schema
@@ -101,7 +102,7 @@ class Encoder:
         micro_batch_size: int = 16,
         compile_model: bool = False,
     ) -> None:
-        """Moves the modules to the device.
+        """Moves the modules to the device and makes them fit for inference there, in place.
 
         Args:
             backbone: uint8 (B, H, W, 3) -> tokens (B, N, D) and embedding (B, De) or None; None for an
@@ -121,6 +122,10 @@ class Encoder:
         self.micro_batch_size = micro_batch_size
         self._backbone = backbone.to(self.device, self.dtype).eval() if backbone is not None else None
         self._adapter = adapter.to(self.device, self.dtype).eval() if adapter is not None else None
+        if self.device.type == "cpu" and self.dtype == torch.float32 and not compile_model:
+            for module in (self._backbone, self._adapter):
+                if module is not None:
+                    with_frozen_linears(module)
         self._launching = threading.Lock()
         self._uploads: Any = None
         if self.device.type == "cuda":

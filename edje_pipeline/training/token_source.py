@@ -19,6 +19,7 @@ import torch
 
 from edje_pipeline.errors import ConfigError, InputFileError, ShapeMismatchError
 from edje_pipeline.models.backbone import Backbone
+from edje_pipeline.models.cpu_linear import with_frozen_linears
 from edje_pipeline.stages.decode import decode_batch
 from edje_pipeline.storage.arrow import numpy_from_fixed_binary
 from edje_pipeline.storage.index import Index
@@ -112,6 +113,7 @@ class ImageTokens:
         self._source = source.to_dict()
         self.image_ids: Sequence[str] = self._listing.column("image_id").to_pylist()
         self._backbone = backbone.to(device)
+        with_frozen_linears(self._backbone)
         self._device = torch.device(device)
         self._augmentation = augmentation or Augmentation()
         self._seed = seed
