@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.clock import spent, tree_cpu_s
 from edje_pipeline.models.checkpoint import ModelDirectory
+from edje_pipeline.models.cpu_linear import with_frozen_linears
 from edje_pipeline.models.spec import PreprocessSpec
 from edje_pipeline.pipeline.extract import ExtractConfig, ExtractResult, run_extract
 from edje_pipeline.pipeline.image_run import ComputeOptions
@@ -116,9 +117,16 @@ def ours(
     }, result
 
 
-def bare(model: ModelDirectory, num_images: int, batch_size: int, precision: torch.dtype) -> Any:
-    """The backbone's forward on float tensors that lie in memory; nothing else."""
+def bare(
+    model: ModelDirectory, num_images: int, batch_size: int, precision: torch.dtype, *, frozen_linears: bool = False
+) -> Any:
+    """The backbone's forward on float tensors that lie in memory; nothing else.
+
+    frozen_linears: with the linear maps that our encoder uses on a CPU (models/cpu_linear.py).
+    """
     backbone = model.load_backbone().to(precision)
+    if frozen_linears:
+        with_frozen_linears(backbone)
     height, width = backbone.preprocess.image_size
     batch = torch.randn(batch_size, 3, height, width).to(precision)
 
