@@ -131,26 +131,16 @@ def final() -> list[Run]:
         phases=tuple(replace(phase, learning_rate=phase.learning_rate / 2, captions="all")
                      for phase in photos.phases[1:]),
     )  # fmt: skip
-    finish = replace(
-        whole.phases[-1], name="quantized", steps=400, learning_rate=3e-5, quantize="opq16",
-        weights=replace(whole.phases[-1].weights, distillation=1.0), token_dropout=0.0,
-    )  # fmt: skip
     runs = [Run("local", local, tokens="local", num_layers=3)]
     runs += [Run(name, recipe, tokens="16", num_layers=3) for name, recipe in changed.items()]
-    runs += [
+    return [
+        *runs,
         Run("photos", photos, data="photos", tokens="16", num_layers=3, image_size=224),
-        Run("64", distilled(whole), num_layers=3, teacher="local", codecs=("float16", "int8", "int4", "opq16"),
-            pools=(5, 10, 20, 50), stage=1),
-        Run("32", distilled(whole), tokens="32", num_layers=3, teacher="local", stage=1),
-        Run("16", distilled(whole), tokens="16", num_layers=3, teacher="local", stage=1),
-        Run("with-distillation", distilled(short), tokens="16", num_layers=3, teacher="local", stage=1),
-        Run("no-itm", without(distilled(short), "itm"), tokens="16", num_layers=3, teacher="local", stage=1),
         Run("photos-after-emoji", tuned, data="photos", tokens="16", num_layers=3, image_size=224, start="base",
             stage=1),
-        Run("64-quantized", replace(whole, phases=(finish,), calibrate_adapter=False), num_layers=3, teacher="local",
-            start="64", codecs=("float16", "opq16"), stage=2),
+        *(replace(run, stage=run.stage + 1, pools=(5, 10, 20, 50) if run.name == "from-local-64" else run.pools)
+          for run in compress()),
     ]  # fmt: skip
-    return runs
 
 
 def compress() -> list[Run]:
@@ -210,15 +200,6 @@ def only_after(recipe: Recipe, *, contrastive: float | None = None, neighbours: 
         near = phase.neighbours if neighbours is None else neighbours
         changed.append(replace(phase, weights=weights, neighbours=near))
     return replace(recipe, phases=tuple(changed))
-
-
-def distilled(recipe: Recipe) -> Recipe:
-    """With distillation wherever pairs are scored."""
-    phases = [
-        replace(phase, weights=replace(phase.weights, distillation=1.0)) if phase.weights.itm else phase
-        for phase in recipe.phases
-    ]
-    return replace(recipe, phases=tuple(phases))
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ Row = dict[str, Any]
 POOL = 10
 FROM_LOCAL = "from-local-"
 """Runs of the plan `compress`."""
+SIZES = ("local", *(f"{FROM_LOCAL}{num}" for num in (64, 32, 16)))
 OBJECTIVES = {
     "base": "the recipe at 45 % of its steps, no distillation",
-    "with-distillation": "the same with distillation from `local`",
-    "no-itm": "with distillation, without ITM",
     "no-mlm": "without MLM",
     "no-recovery": "without text-embedding recovery",
     "no-contrastive-after-warm-up": "without the contrastive loss after the warm-up",
@@ -32,6 +31,11 @@ OBJECTIVES = {
     "no-warm-up": "without the warm-up",
     "no-neighbours": "random batches instead of neighbours",
     "one-hard-negative": "one hardest negative each way instead of the matrix",
+    f"{FROM_LOCAL}16": "from the local model: its adapter's start, its tokens, then ITM and its logits",
+    f"{FROM_LOCAL}16-no-itm": "the same without ITM",
+    f"{FROM_LOCAL}16-no-distillation": "the same without the teacher's logits",
+    f"{FROM_LOCAL}16-tokens-only": "the same without any pair",
+    f"{FROM_LOCAL}16-no-start": "the same from a random adapter",
 }
 
 
@@ -49,7 +53,7 @@ def main() -> int:
     devices = sorted({f"{one['device']}, torch {one['torch']}" for one in found.values()})
     lines += ["", f"Trained and evaluated on: {'; '.join(devices)}.", ""]
     lines += [f"- {name}: {one['run']['tokens']} tokens, {one['run']['num_layers']} layers, "
-              f"{one['last'].get('step', 0):,} steps, {one['train_s']:.0f} s with others beside it"
+              f"{one['last'].get('step', 0):,} steps, {one['train_s']:.0f} s"
               for name, one in found.items()]  # fmt: skip
     text = "\n".join(lines) + "\n"
     if options.out:
@@ -93,21 +97,20 @@ def sizes(found: dict[str, Any]) -> list[str]:
         f"drawings, reranking the first stage's {POOL} best by the logit alone."
     )
     lines = ["## An artist never trained on", "", text, "", *HEADER]
-    for name in ("local", *(f"{prefix}{num}" for prefix in ("", FROM_LOCAL) for num in (64, 32, 16))):
+    for name in SIZES:
         if name in found:
             one = found[name]
             row = pick(one, "artist", "reranked", codec_of(one))
             first = pick(one, "artist", "first stage", codec_of(one))
             if row and first:
-                made = ", from the local model" if name.startswith(FROM_LOCAL) else ""
-                lines.append(line(f"{one['run']['tokens']} tokens{made}", row, first))
+                lines.append(line(f"{one['run']['tokens']} tokens", row, first))
     return [*lines, ""]
 
 
 def codecs(found: dict[str, Any]) -> list[str]:
     """The unseen artist, by codec, before and after the quantization-aware finish."""
     lines = ["## Codecs, on the same artist", "", *HEADER]
-    for name in ("64", "64-quantized", f"{FROM_LOCAL}64", f"{FROM_LOCAL}64-quantized"):
+    for name in (f"{FROM_LOCAL}64", f"{FROM_LOCAL}64-quantized"):
         for codec in found.get(name, {"run": {"codecs": []}})["run"]["codecs"]:
             row = pick(found[name], "artist", "reranked", codec)
             first = pick(found[name], "artist", "first stage", codec)
@@ -118,23 +121,15 @@ def codecs(found: dict[str, Any]) -> list[str]:
 
 
 def pools(found: dict[str, Any]) -> list[str]:
-    """Pool sizes and fusion weights of the 64-token model on the unseen artist."""
-    one = main_run(found)
-    if one is None:
-        return []
-    lines = [f"## Pool size and fusion, {one['run']['tokens']} tokens, on the same artist", "",
-             "| k | logit alone | + 5 s | + 10 s | + 20 s | + 40 s |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for pool in one["run"]["pools"]:
-        cells = [pick(one, "artist", "reranked", codec_of(one), weight, pool) for weight in (0, 5, 10, 20, 40)]
-        lines.append(
-            f"| {pool} | " + " | ".join(f"{c['metrics']['R@1']['mean']:.1f}" if c else "" for c in cells) + " |"
-        )
+    """Pool sizes and fusion weights on the unseen artist."""
+    lines = ["## Pool size and fusion, on the same artist", ""]
+    lines += ["| tokens | k | logit alone | + 5 s | + 10 s | + 20 s | + 40 s |", "|---|---|---|---|---|---|---|"]
+    for one in (found[name] for name in SIZES if name in found):
+        for pool in one["run"]["pools"]:
+            rows = [pick(one, "artist", "reranked", codec_of(one), weight, pool) for weight in (0, 5, 10, 20, 40)]
+            means = [f"{row['metrics']['R@1']['mean']:.1f}" if row else "" for row in rows]
+            lines.append(f"| {' | '.join([one['run']['tokens'], str(pool), *means])} |")
     return [*lines, "", "s is the first stage's similarity; R@1.", ""]
-
-
-def main_run(found: dict[str, Any]) -> dict[str, Any] | None:
-    """The run whose pools and concepts are shown: 64 tokens, else the local model."""
-    return next((found[name] for name in ("64", f"{FROM_LOCAL}64", "local") if name in found), None)
 
 
 def best_weight(one: dict[str, Any], test: str) -> float:
@@ -145,30 +140,28 @@ def best_weight(one: dict[str, Any], test: str) -> float:
 
 
 def concepts(found: dict[str, Any]) -> list[str]:
-    """Concepts never trained on, each artist a gallery."""
-    one = main_run(found)
-    if one is None:
-        return []
-    weight = best_weight(one, "artist")
-    text = (
-        f"The model of {one['run']['tokens']} tokens (four artists) on drawings of concepts it never saw, each artist "
-        f"a gallery of its own. The fusion weight {weight:g} is the best on the table above, whose drawings show "
-        "trained concepts."
-    )
-    lines = ["## Concepts never trained on", "", text]
-    for label, used in (("logit alone", 0.0), (f"logit + {weight:g} x similarity", weight)):
-        lines += ["", f"{label}:", "", *HEADER]
-        parts: list[tuple[Row, Row]] = []
-        for test in sorted({row["test"] for row in one["rows"] if row["test"].startswith("concepts-")}):
-            row, first = pick(one, test, "reranked", codec_of(one), used), pick(one, test, "first stage", codec_of(one))
-            if row and first:
-                parts.append((row, first))
-                lines.append(line(test.removeprefix("concepts-"), row, first))
-        if parts:
-            lines.append(pooled(parts))
-        if weight == 0:
-            break
-    return [*lines, ""]
+    """Concepts never trained on, each artist a gallery; the local model and the one of 64 tokens."""
+    lines = ["## Concepts never trained on", ""]
+    for one in (found[name] for name in SIZES[:2] if name in found):
+        weight = best_weight(one, "artist")
+        lines.append(
+            f"The model of {one['run']['tokens']} tokens (four artists) on drawings of concepts it never saw, each "
+            f"artist a gallery of its own. The fusion weight {weight:g} is the best on the table above, whose drawings "
+            "show trained concepts."
+        )
+        fused = {f"logit + {weight:g} x similarity": weight} if weight else {}
+        for label, used in {"logit alone": 0.0, **fused}.items():
+            lines += ["", f"{label}:", "", *HEADER]
+            parts: list[tuple[Row, Row]] = []
+            for test in sorted({row["test"] for row in one["rows"] if row["test"].startswith("concepts-")}):
+                row = pick(one, test, "reranked", codec_of(one), used)
+                first = pick(one, test, "first stage", codec_of(one))
+                if row and first:
+                    parts.append((row, first))
+                    lines.append(line(test.removeprefix("concepts-"), row, first))
+            lines += [pooled(parts)] if parts else []
+        lines.append("")
+    return lines
 
 
 def pooled(parts: list[tuple[Row, Row]]) -> str:
@@ -191,11 +184,11 @@ def photos(found: dict[str, Any]) -> list[str]:
     """Photographs."""
     lines = ["## Photographs", "", "700 photographs to train on, 100 others to ask for (five captions each).", "",
              *HEADER]  # fmt: skip
-    for name in ("photos", "photos-after-emoji"):
+    for name in ("photos", "photos-after-emoji", "photos-from-local"):
         if name in found:
             for weight in (0.0, 5.0, 10.0, 20.0, 40.0):
-                row = pick(found[name], "photos", "reranked", "float16", weight)
-                first = pick(found[name], "photos", "first stage", "float16")
+                row = pick(found[name], "photos", "reranked", codec_of(found[name]), weight)
+                first = pick(found[name], "photos", "first stage", codec_of(found[name]))
                 if row and first:
                     lines.append(line(f"{name}, logit + {weight:g} x similarity", row, first))
     return [*lines, ""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.recall_runs import Plans, Run, distilled, no_token_dropout, only_after, shortened, without
+from benchmarks.recall_runs import Plans, Run, no_token_dropout, only_after, shortened, without
 from benchmarks.recall_tables import OBJECTIVES
 from edje_pipeline.storage.codecs import resolve
 from edje_pipeline.training.recipe import LossWeights, Phase, Recipe, recipe_from_dict
@@ -26,7 +26,7 @@ def test_a_run_can_be_done(plan: str, run: Run) -> None:
         micro_batch = phase.batch_size // phase.accumulation
         if phase.weights.itm or phase.weights.distillation:
             assert phase.negatives.num < micro_batch, f"{plan} {run.name} {phase.name}"
-        if phase.weights.distillation or phase.weights.tokens:
+        if phase.weights.distillation or phase.weights.tokens or run.recipe.adapter_start == "local-teacher":
             assert run.teacher, f"{plan} {run.name} {phase.name} imitates nobody"
         if run.tokens == "local":
             assert phase.token_dropout == 0
@@ -56,6 +56,7 @@ def test_all_final_recipes_differ_where_they_are_compared() -> None:
     compared = [run for run in PLANS["final"] if run.name in OBJECTIVES]
     assert {run.name for run in compared} == set(OBJECTIVES)
     assert len({run.recipe.fingerprint for run in compared}) == len(compared)
+    assert {run.start for run in compared} == {"", "local"}
     assert {(run.tokens, run.num_layers, run.image_size, run.data) for run in compared} == {("16", 3, 112, "artists4")}
 
 
@@ -71,6 +72,6 @@ def test_changes_of_a_recipe() -> None:
     assert [phase.weights.contrastive for phase in only_after(RECIPE, contrastive=0.0).phases] == [1.0, 0]
     near = only_after(RECIPE, neighbours=0.0)
     assert (near.phases[1].neighbours, near.phases[1].weights) == (0, RECIPE.phases[1].weights)
-    assert [phase.weights.distillation for phase in distilled(RECIPE).phases] == [0, 1.0]
+    assert [phase.weights.words for phase in without(RECIPE, "words", after=1).phases] == [0.5, 0]
     assert [phase.token_dropout for phase in no_token_dropout(RECIPE).phases] == [0, 0]
     assert recipe_from_dict({"phase": [{"name": "p", "steps": 1}]}).phases[0].token_dropout == 0

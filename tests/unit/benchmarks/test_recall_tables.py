@@ -68,7 +68,7 @@ def section(lines: list[str], title: str) -> list[str]:
     for line in lines[begin + 1 :]:
         if line.startswith("## "):
             break
-        if line.startswith("| ") and not line.startswith(("| |", "| k |")):
+        if line.startswith("| ") and not line.startswith(("| |", "| tokens | k |")):
             found.append(line)
     return found
 
@@ -82,7 +82,7 @@ def test_every_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     everything: dict[str, dict[str, Any]],
 ) -> None:  # fmt: skip
-    everything["64"] = result(RUNS["64"], 50.0)
+    everything["from-local-64"] = result(RUNS["from-local-64"], 50.0)
     lines = tables(tmp_path / "results", monkeypatch, everything)
     assert capsys.readouterr().out.splitlines() == lines
     sizes = section(lines, "An artist never trained on")
@@ -93,28 +93,32 @@ def test_every_section(
         *(f"{codec}, as trained" for codec in ("float16", "int8", "int4", "opq16")),
         *(f"{codec}, after the quantized phase" for codec in ("float16", "opq16")),
     ]
-    assert section(lines, "Pool size")[1] == "| 10 | 50.1 | 50.1 | 51.1 | 50.1 | 50.1 |"
-    assert len(section(lines, "Pool size")) == 4
-    assert [line.split(",")[0] for line in section(lines, "Photographs")] == ["| photos"] * 5 + [
-        "| photos-after-emoji"
-    ] * 5
+    pools = section(lines, "Pool size")
+    assert pools[2] == "| 64 | 10 | 50.1 | 50.1 | 51.1 | 50.1 | 50.1 |"
+    assert [line[:10] for line in pools[5:]] == ["| 32 | 10 ", "| 16 | 10 "]
+    photos = [line.split(",")[0] for line in section(lines, "Photographs")]
+    assert photos == ["| photos"] * 5 + ["| photos-after-emoji"] * 5 + ["| photos-from-local"] * 5
     objectives = section(lines, "Parts of the objective")
     assert [line.split("|")[1].strip() for line in objectives] == list(recall_tables.OBJECTIVES.values())
     assert "Trained and evaluated on: CPU, torch 2.x." in lines
-    assert "- 64: 64 tokens, 3 layers, 1,234 steps, 61 s with others beside it" in lines
+    assert "- from-local-64: 64 tokens, 3 layers, 1,234 steps, 61 s" in lines
     assert all(line.count("|") == 7 for line in sizes + objectives)
 
 
 def test_concepts_use_the_weight_chosen_on_the_other_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = section(tables(tmp_path / "results", monkeypatch, {"64": result(RUNS["64"], 50.0)}), "Concepts")
+    lines = section(
+        tables(tmp_path / "results", monkeypatch, {"from-local-64": result(RUNS["from-local-64"], 50.0)}), "Concepts"
+    )
     assert [line.split("|")[1].strip() for line in lines] == ["fluent", "noto", "all 400 queries"] * 2
     # 300 queries at 54.1 and 100 at 50.1; half-widths of 1 each: sqrt(0.75 ** 2 + 0.25 ** 2) = 0.79.
     assert lines[2].startswith("| all 400 queries | 20.0 [19.2, 20.8] | 53.1 [52.3, 53.9] | +33.1 [32.3, 33.9] |")
     assert lines[5].startswith("| all 400 queries | 20.0 [19.2, 20.8] | 54.1 [53.3, 54.9] |")
-    best_alone = {**result(RUNS["64"], 50.0)}
+    best_alone = {**result(RUNS["from-local-64"], 50.0)}
     best_alone["rows"] = [one for one in best_alone["rows"] if one["fusion_weight"] == 0]
-    again = section(tables(tmp_path / "again", monkeypatch, {"64": best_alone}), "Concepts")
+    again = section(tables(tmp_path / "again", monkeypatch, {"from-local-64": best_alone}), "Concepts")
     assert len(again) == 3
+    both = {name: result(RUNS[name], 50.0) for name in ("local", "from-local-64")}
+    assert len(section(tables(tmp_path / "both", monkeypatch, both), "Concepts")) == 12
 
 
 @pytest.mark.parametrize("missing", sorted(RUNS))
@@ -126,15 +130,14 @@ def test_a_missing_run_leaves_its_lines_out(
     part = tables(tmp_path / "part", monkeypatch, everything)
     assert len(part) < len(whole)
     assert not any(line.startswith(f"- {missing}:") for line in part)
-    if missing != "64":  # then the pools and concepts are the local model's, which the whole does not show
-        assert [line for line in part if line not in whole] == []
+    assert [line for line in part if line not in whole] == []
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = replace(RUNS["64"], codecs=("float16", "int8"))
+    run = replace(RUNS["from-local-64"], codecs=("float16", "int8"))
     one = result(run, 50.0)
     one["rows"] = [entry for entry in one["rows"] if entry["test"] == "artist" and entry["codec"] == "float16"]
-    lines = tables(tmp_path / "results", monkeypatch, {"64": one})
+    lines = tables(tmp_path / "results", monkeypatch, {"from-local-64": one})
     assert section(lines, "Concepts") == []
     assert len(section(lines, "Codecs")) == 1
 
