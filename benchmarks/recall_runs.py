@@ -155,7 +155,10 @@ def compress() -> list[Run]:
     )  # fmt: skip
     plan = recipe(imitate, pairs, views=2, precision="bfloat16", validate_every=100, calibrate_adapter=False,
                   adapter_start="local-teacher")  # fmt: skip
-    finish = replace(pairs, name="quantized", steps=300, quantize="opq16", learning_rate=3e-5)
+    finish = replace(
+        pairs, name="quantized", steps=400, quantize="opq16", learning_rate=3e-5,
+        weights=LossWeights(distillation=1.0, tokens=0.3),
+    )  # fmt: skip
     photos = matrix(
         240, batch_size=12, learning_rate=3e-5, token_dropout=0.0, negatives=NegativeSpec(0, 11), captions="all",
     )  # fmt: skip
