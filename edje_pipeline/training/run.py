@@ -249,7 +249,7 @@ def _open_tokens(
     )  # fmt: skip
     if not cache:
         return source
-    described: list[Any] = [spec.backbone.fingerprint, spec.preprocess.fingerprint, images, list(source.image_ids)]
+    described: list[Any] = [spec.backbone.fingerprint, spec.preprocess.fingerprint, source.fingerprint()]
     described.append(asdict(views) if views else None)
     return cache_tokens(source, cache_dir, fingerprint_of(described), views.num if views else 1)
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ import torch
 from edje_pipeline.errors import ConfigError, InputFileError, ShapeMismatchError
 from edje_pipeline.models.backbone import Backbone
 from edje_pipeline.models.cpu_linear import with_frozen_linears
+from edje_pipeline.models.spec import fingerprint_of
 from edje_pipeline.stages.decode import decode_batch
 from edje_pipeline.storage.arrow import numpy_from_fixed_binary
 from edje_pipeline.storage.index import Index
@@ -117,6 +118,19 @@ class ImageTokens:
         self._device = torch.device(device)
         self._augmentation = augmentation or Augmentation()
         self._seed = seed
+
+    def fingerprint(self) -> str:
+        """Of the images as they lie there: names and places; of local files the size and time of change too.
+
+        A cache of tokens is used again while this stays the same. Contents are not read for it, so a file in a bucket
+        that was written over by another of the same name goes unnoticed.
+        """
+        found: list[Any] = [self._listing.column(name).to_pylist() for name in ("image_id", "offset", "length")]
+        for uri in self._listing.column("container").unique().to_pylist():
+            path = Path(Location.parse(uri).path) if uri.startswith("file://") else None
+            state = path.stat() if path is not None and path.exists() else None
+            found.append([uri, state.st_size, state.st_mtime_ns] if state else [uri])
+        return fingerprint_of(found)
 
     def tokens(self, positions: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
         return self.encode(self.pixels(positions), positions, views)[0]

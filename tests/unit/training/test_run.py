@@ -61,6 +61,10 @@ def test_two_runs_share_the_cache(tmp_path: Path, job: TrainJob, monkeypatch: py
     sources = [prepared.state.corpus.source for prepared in (first, second)]
     assert np.array_equal(sources[0].tokens(rows, views), sources[1].tokens(rows, views))
     assert not (tmp_path / "first" / "tokens").exists()
+    changed_image = next(Path(job.images).glob("*.png"))
+    changed_image.write_bytes(changed_image.read_bytes() + b"\0")
+    prepare(replace(shared, out=str(tmp_path / "first")), Collective())
+    assert passes == [12, 12] * 2
     for changed in (replace(shared.recipe, seed=1), replace(shared.recipe, views=3), replace(shared.recipe, views=1)):
         before = len(passes)
         prepare(replace(shared, out=str(tmp_path / "third"), recipe=changed), Collective())
