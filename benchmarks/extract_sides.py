@@ -168,7 +168,11 @@ def plain_loop(corpus: Path, model: ModelDirectory, out: Path, batch_size: int, 
     options = {key: value for key, value in spec.options.items() if key not in ("tokens", "embedding", "pooled_dim")}
     network = timm.create_model(spec.source.partition(":")[2], pretrained=False, num_classes=0, **options).eval()
     size = model.spec.preprocess.image_size
-    transform = create_transform(input_size=(3, *size), crop_pct=model.spec.preprocess.crop_pct, is_training=False)
+    # timm's default is bilinear, which takes half the time of the bicubic that the models were made for.
+    transform = create_transform(
+        input_size=(3, *size), crop_pct=model.spec.preprocess.crop_pct,
+        interpolation=model.spec.preprocess.interpolation, is_training=False,
+    )  # fmt: skip
     paths = sorted(corpus.glob("*.jpg"))
 
     def run() -> dict[str, float]:
