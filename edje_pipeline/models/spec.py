@@ -92,7 +92,10 @@ class AdapterSpec:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_of(asdict(self))
+        values = asdict(self)
+        if not self.num_key_positions:  # as before there were any: indexes keep their adapter
+            del values["num_key_positions"]
+        return fingerprint_of(values)
 
 
 @dataclass(frozen=True)

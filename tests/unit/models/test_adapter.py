@@ -83,3 +83,9 @@ def test_adapter_on_cuda_equals_cpu(spec):
         want = adapter(tokens)
         got = adapter.cuda()(tokens.cuda()).cpu()
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+def test_key_positions_are_part_of_the_fingerprint_where_there_are_any():
+    # Taken from the version before key positions: indexes made then must still fit their model.
+    assert COMPRESSED.fingerprint == "7b87bb1a7a5640b7353c9ad33be5de13babe5d3199cacece135a27c949ad2059"
+    assert len({COMPRESSED.fingerprint, PLACED.fingerprint, replace(PLACED, num_key_positions=9).fingerprint}) == 3
