@@ -46,6 +46,8 @@ class Case:
     rounds: Rounds
     limit: str
     """The side that ours cannot beat."""
+    after: float
+    """Share of the rows after which the steady state begins."""
     summaries: dict[str, str] = field(default_factory=dict)
     """Of each of our executors: the run's own summary."""
 
@@ -97,7 +99,7 @@ def run_case(
         **{f"ours, {executor}": mine(executor) for executor in options.executors},
         "DataLoader loop": plain_loop(corpus, model, folder / "npy", options.batch_size, options.num_cpus),
     }
-    return Case(name, described, alternate(sides, options.rounds), next(iter(limit)), summaries)
+    return Case(name, described, alternate(sides, options.rounds), next(iter(limit)), after, summaries)
 
 
 def report_lines(case: Case) -> list[str]:
@@ -126,6 +128,12 @@ def report_lines(case: Case) -> list[str]:
             f"{statistics.median(total):.2f} times with start and end of both; "
             f"{statistics.median(before):.1f} s until the encoder began, {statistics.median(publish):.2f} s to publish."
         )
+        ahead = statistics.median(before) / statistics.median(rounds.column(base, "wall_s"))
+        if case.name == "decode" and ahead > case.after * rounds.column(side, "images")[0]:
+            lines.append(
+                f"  TOO SHORT: up to {ahead:,.0f} images may have been decoded before the encoder began, so the ratios "
+                "of this side say nothing; take more with --num-decoded."
+            )
         if case.name == "backbone":
             own = [1 / ratio for ratio in rounds.ratios(side, OWN_LINEARS, "wall_s")]
             lines.append(f"  Of the bare forward with our own linear maps: {statistics.median(own):.3f}.")
