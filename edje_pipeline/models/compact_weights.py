@@ -76,11 +76,10 @@ def quantize_rows(name: str, matrix_rc: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     matrix_rc = matrix_rc.detach().float()
-    exact_r1 = matrix_rc.abs().amax(dim=1, keepdim=True) / INT8_MAX
+    largest_r1 = matrix_rc.abs().amax(dim=1, keepdim=True)
     # The smallest float16 stands in for scales below it: a row of tiny values keeps its bound.
-    scale_r1 = torch.where(matrix_rc.abs().amax(dim=1, keepdim=True) > 0, exact_r1.clamp(min=SMALLEST_SCALE), 0.0).to(
-        torch.float16
-    )
+    exact_r1 = torch.where(largest_r1 > 0, (largest_r1 / INT8_MAX).clamp(min=SMALLEST_SCALE), 0.0)
+    scale_r1 = exact_r1.to(torch.float16)
     # Rounded up, so that the largest value of a row still fits into 127 steps.
     is_short = scale_r1.float() < exact_r1
     scale_r1 = torch.where(is_short, torch.nextafter(scale_r1, torch.full_like(scale_r1, torch.inf)), scale_r1)

@@ -46,6 +46,7 @@ FORMAT_NAME, FORMAT_VERSION = "edje-model", 1
 CONFIG_FILE, CARD_FILE, TOKENIZER_FILE = "config.json", "MODEL_CARD.md", "tokenizer.json"
 BACKBONE_FILE, ADAPTER_FILE = "backbone.safetensors", "adapter.safetensors"
 JOINT_ENCODER_FILE, TEXT_TOWER_FILE = "joint_encoder.safetensors", "text_tower.safetensors"
+HEADS_FILE = "training_heads.safetensors"  # of models trained here; only further training reads them
 WEIGHT_FILES = {
     "backbone": BACKBONE_FILE,
     "adapter": ADAPTER_FILE,
@@ -160,7 +161,7 @@ class ModelDirectory:
         return create_text_tower(self.spec.text_tower, self.file(TEXT_TOWER_FILE, verify=verify))
 
     def load_tensors(self, name: str, *, verify: bool = True) -> dict[str, Tensor]:
-        """The tensors of a further file of the model, such as `training_heads.safetensors`."""
+        """The tensors of a further file of the model, such as `HEADS_FILE`."""
         from edje_pipeline.models.tensor_files import read_tensors
 
         return read_tensors(self.file(name, verify=verify))

@@ -23,13 +23,13 @@ from edje_pipeline.models.bert_weights import from_hf_names
 from edje_pipeline.models.checkpoint import ModelDirectory, save_model
 from edje_pipeline.models.families import SIGLIP
 from edje_pipeline.models.hf_weights.trunk import to_hf_names
+from edje_pipeline.models.model_directory import HEADS_FILE
 from edje_pipeline.models.preprocess import Interpolation
 from edje_pipeline.models.spec import BackboneSpec, JointEncoderSpec, ModelSpec, PreprocessSpec, TextTowerSpec
 from edje_pipeline.models.tensor_files import SAFETENSORS_SUFFIX, key_problems, read_tensors, write_tensors
 from edje_pipeline.models.text_sources import hf_text_spec, hf_text_tensors, pad_id_of
 from edje_pipeline.models.text_tower import TOKENIZER_KEY
 
-HEADS_FILE = "training_heads.safetensors"
 """Masked language modelling and text-embedding recovery heads, under the authors' names."""
 
 FROZEN_FILE = "official_clip.safetensors"

@@ -10,9 +10,7 @@ import torch
 from edje_pipeline.errors import ConfigError
 from edje_pipeline.models.adapter import create_adapter
 from edje_pipeline.models.checkpoint import ModelDirectory, save_model
-from edje_pipeline.models.model_directory import WEIGHT_FILES
-
-TRAINING_HEADS = "training_heads.safetensors"
+from edje_pipeline.models.model_directory import HEADS_FILE, WEIGHT_FILES
 
 
 def make_student(
@@ -51,7 +49,7 @@ def make_student(
         f"# {name}\n\nA student of {teacher.spec.name}: its backbone, joint encoder and text tower around a fresh "
         f"adapter of {num_compressed_tokens} tokens. The adapter's weights are random: train it before use.\n"
     )
-    heads = {TRAINING_HEADS: teacher.file(TRAINING_HEADS)} if TRAINING_HEADS in teacher.files else None
+    heads = {HEADS_FILE: teacher.file(HEADS_FILE)} if HEADS_FILE in teacher.files else None
     tower = teacher.file(WEIGHT_FILES["text_tower"]) if teacher.spec.text_tower is not None else None
     return save_model(
         directory, replace(teacher.spec, adapter=adapter_spec, name=name),

@@ -19,6 +19,7 @@ import torch
 from edje_pipeline.errors import ConfigError, ModelError, TrainingError
 from edje_pipeline.models.backbone import Backbone
 from edje_pipeline.models.checkpoint import ModelDirectory, open_model, save_model
+from edje_pipeline.models.model_directory import HEADS_FILE
 from edje_pipeline.models.spec import ModelSpec, fingerprint_of
 from edje_pipeline.stages.score_pairs import resolve_device
 from edje_pipeline.storage.codecs import Codec, needs_codebook, resolve, save_codec, train_pq
@@ -40,7 +41,6 @@ from edje_pipeline.training.token_source import ImageTokens, IndexTokens, TokenS
 from edje_pipeline.training.trainer import Trainer, TrainState
 from edje_pipeline.training.validation import Validator
 
-HEADS_FILE = "training_heads.safetensors"
 CODEC_SAMPLE_IMAGES = 4096
 CALIBRATION_IMAGES = 64
 START_IMAGES = 768
