@@ -15,29 +15,28 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 import edje_pipeline
 from edje_pipeline.errors import ConfigError, InputFileError
 from edje_pipeline.models.spec import fingerprint_of
-from edje_pipeline.pipeline.score_plan import PlanInfo, PlanLimits, Queries, read_plan_table, write_plan
-from edje_pipeline.pipeline.score_rank import PART_SCHEMA, RESULT_SCHEMA, check_trec_ids, rank_parts, trec_lines
+from edje_pipeline.pipeline.score_output import write_results
+from edje_pipeline.pipeline.score_plan import PlanInfo, PlanLimits, Queries, write_plan
+from edje_pipeline.pipeline.score_rank import check_trec_ids
 from edje_pipeline.pipeline.score_result import ScoreResult
 from edje_pipeline.pipeline.score_store import ScoreReceipt, ScoreStore
 from edje_pipeline.pipeline.score_worker import UnitScorer, WorkerSpec
 from edje_pipeline.pipeline.stages import available_cpus
 from edje_pipeline.progress import progress
-from edje_pipeline.storage.faults import crash_point
+from edje_pipeline.storage.arrow import gathered
 from edje_pipeline.storage.index import Index
 from edje_pipeline.storage.location import Location
-from edje_pipeline.storage.parquet_io import hash_file, open_parquet, write_parquet
+from edje_pipeline.storage.parquet_io import hash_file
 
 if TYPE_CHECKING:
     from edje_pipeline.reranker import OpenScorer
 
-JOIN_CHUNK_PAIRS = 4_000_000
-RESULT_FILE_ROWS = 8_000_000
-RESULT_ROW_GROUP_ROWS = 131_072
+JOIN_CHUNK_PAIRS = 1_000_000
+"""Candidates looked up in the index at a time."""
 RAY_MIN_PAIRS = 200_000
 """Below this many pairs starting Ray costs more than a second worker saves."""
 CPUS_A_WORKER = 4
@@ -84,7 +83,7 @@ class ScoreConfig:
     """Of one CPU worker; None: all cores in process, `CPUS_A_WORKER` in an actor."""
     unit_pairs: int | None = None
     """Pairs committed at a time, about; None: by device."""
-    memory_pairs: int = 16_000_000
+    memory_pairs: int = 2_000_000
     """Pairs joined and sorted in memory at a time; more go through disk."""
     overwrite: bool = False
     """Replace finished results, and discard an unfinished run of other inputs."""
@@ -192,7 +191,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
             else:
                 new_pairs = 0
         with clock.stage("regroup"):
-            written = write_results(store, config, info)
+            written = write_results(store, info, memory_pairs=config.memory_pairs, top_k=config.top_k, trec=config.trec)
         manifest = store.publish(
             {
                 "code_version": edje_pipeline.__version__,
@@ -243,24 +242,28 @@ def hash_input(location: Location, what: str) -> str:
 
 def make_plan(store: ScoreStore, index: Index, config: ScoreConfig, tokenize: Any, limits: PlanLimits) -> PlanInfo:
     """The stored plan of a resumed run, else a new one."""
-    from edje_pipeline.storage.text_inputs import read_candidates, read_queries
+    from edje_pipeline.storage.text_inputs import iter_candidates, read_queries
 
     found = store.plan_info
     if found is not None:
         return PlanInfo(**found)
     queries = Queries.from_table(read_queries(config.queries))
-    candidates = read_candidates(config.candidates)
+    pieces = iter_candidates(config.candidates)
     if config.trec:
         check_trec_ids(queries.query_ids, "query_id")
-        check_trec_ids(candidates.column("image_id"), "image_id")
-    num_candidates = candidates.num_rows
-    starts = range(0, num_candidates, JOIN_CHUNK_PAIRS)
-    chunks = (candidates.slice(start, JOIN_CHUNK_PAIRS) for start in starts)
+        pieces = trec_checked(pieces)
     info = write_plan(
-        store.plan_dir, index, queries, chunks, num_candidates=num_candidates, tokenize=tokenize, limits=limits
+        store.plan_dir, index, queries, gathered(pieces, JOIN_CHUNK_PAIRS), tokenize=tokenize, limits=limits
     )
     store.set_plan_info(info.to_dict())
     return info
+
+
+def trec_checked(candidates: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same tables; raises ConfigError at an image_id that a TREC run cannot hold."""
+    for piece in candidates:
+        check_trec_ids(piece.column("image_id"), "image_id")
+        yield piece
 
 
 def choose_workers(config: ScoreConfig, info: PlanInfo, device: str) -> int:
@@ -294,71 +297,3 @@ def total_stats(receipts: Iterable[ScoreReceipt]) -> dict[str, float]:
     for receipt in receipts:
         total.update(receipt.stats)
     return dict(total)
-
-
-def write_results(store: ScoreStore, config: ScoreConfig, info: PlanInfo) -> dict[str, Any]:
-    """Ranked results, the missing candidates and the TREC file; returns what the manifest says of them."""
-    query_ids = read_plan_table(store.plan_dir.child("queries.parquet")).column("query_id").combine_chunks()
-    ranked = rank_parts(
-        read_parts(store),
-        query_ids,
-        num_pairs=info.num_pairs,
-        memory_pairs=config.memory_pairs,
-        top_k=config.top_k,
-    )
-    files = []
-    with open_trec(config.trec) as write_trec:
-        for number, table in enumerate(split(ranked)):
-            name = f"results/{store.run_id}-{number:05d}.parquet"
-            written = write_parquet(
-                store.out.child(name),
-                [table],
-                RESULT_SCHEMA,
-                row_group_rows=RESULT_ROW_GROUP_ROWS,
-                dictionary_columns=("query_id", "image_id", "rank"),
-            )
-            files.append({"path": name, "num_rows": table.num_rows, **asdict(written)})
-            write_trec(table)
-            crash_point("score.results")
-    missing = None
-    if info.num_missing:
-        source, target = store.plan_dir.child("missing.parquet"), store.out.child("missing.parquet")
-        with source.open_input() as stream:
-            file = pq.ParquetFile(stream)
-            pieces = (file.read_row_group(group) for group in range(file.num_row_groups))
-            written = write_parquet(target, pieces, file.schema_arrow, row_group_rows=RESULT_ROW_GROUP_ROWS)
-        missing = {"path": "missing.parquet", "num_rows": info.num_missing, **asdict(written)}
-    return {"files": files, "missing": missing, "num_results": sum(entry["num_rows"] for entry in files)}
-
-
-def read_parts(store: ScoreStore) -> Iterator[pa.Table]:
-    """Scored parts in the order of their units, checked against their receipts."""
-    for unit in sorted(store.receipts):
-        receipt = store.receipts[unit]
-        part = store.run_dir.child(receipt.path)
-        sizes = {"num_rows": receipt.num_pairs, "size_bytes": receipt.size_bytes}
-        yield open_parquet(part, **sizes, schema=PART_SCHEMA, what="scored part").read()
-
-
-def split(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """At most `RESULT_FILE_ROWS` rows a piece; one empty piece when there is no row at all."""
-    is_empty = True
-    for table in tables:
-        for start in range(0, table.num_rows, RESULT_FILE_ROWS):
-            is_empty = False
-            yield table.slice(start, RESULT_FILE_ROWS)
-    if is_empty:
-        yield RESULT_SCHEMA.empty_table()
-
-
-@contextmanager
-def open_trec(target: str | None) -> Iterator[Any]:
-    """A function that appends a table to the TREC file; does nothing without one."""
-    if target is None:
-        yield lambda _: None
-        return
-    with Location.parse(target).open_atomic() as stream:
-        yield lambda table: [
-            stream.write(trec_lines(table.slice(start, RESULT_ROW_GROUP_ROWS)))
-            for start in range(0, table.num_rows, RESULT_ROW_GROUP_ROWS)
-        ]

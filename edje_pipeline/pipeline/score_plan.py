@@ -9,8 +9,8 @@ run each row group is read once and each image crosses to the device once. The p
     plan/units.parquet     file, row group, pairs and images of each unit
     plan/missing.parquet   candidates that the index does not hold
 
-Pairs are integers from the first step on. When they are too many for memory they are spread over
-buckets of row groups on disk first; one bucket is the same code without the detour.
+Pairs are integers from the first step on, and what is in memory of them does not grow with their
+number (`pair_sort`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from edje_pipeline.errors import InputFileError
+from edje_pipeline.pipeline.pair_sort import PAIR_SCHEMA, Geometry, PairSorter
 from edje_pipeline.stages.score_pairs import TextTokens
 from edje_pipeline.storage.location import Location
 from edje_pipeline.storage.parquet_io import write_parquet
@@ -33,14 +34,6 @@ from edje_pipeline.storage.parquet_io import write_parquet
 if TYPE_CHECKING:
     from edje_pipeline.storage.index import Index
 
-PAIR_SCHEMA = pa.schema(
-    [
-        pa.field("query", pa.int32(), nullable=False),
-        pa.field("shard", pa.int32(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("first_stage_score", pa.float32()),
-    ]
-)
 UNIT_SCHEMA = pa.schema(
     [
         pa.field("file", pa.int32(), nullable=False),
@@ -73,7 +66,7 @@ class PlanLimits:
     """Pairs of a unit, about: it ends with a whole row group."""
     unit_bytes: int = 256 << 20
     """Payload bytes of a unit's images, about."""
-    memory_pairs: int = 16_000_000
+    memory_pairs: int = 2_000_000
     """Pairs sorted in memory at a time; some 100 bytes each."""
 
 
@@ -141,7 +134,6 @@ def write_plan(
     queries: Queries,
     chunks: Iterable[pa.Table],
     *,
-    num_candidates: int,
     tokenize: Callable[[list[str]], Sequence[Sequence[int]]],
     limits: PlanLimits,
 ) -> PlanInfo:
@@ -152,7 +144,6 @@ def write_plan(
         index: open on the snapshot to score against.
         queries: every query the candidates may name.
         chunks: tables with the columns query_id, image_id, first_stage_score.
-        num_candidates: of all chunks together, about.
         tokenize: texts -> token ids with special tokens.
         limits: see `PlanLimits`.
 
@@ -163,15 +154,14 @@ def write_plan(
     tokens = pa.array([list(ids) for ids in tokenize(queries.distinct_texts)], TEXT_SCHEMA.field(0).type)
     _write(plan_dir, "texts", [pa.table([tokens], TEXT_SCHEMA)], TEXT_SCHEMA)
     geometry = Geometry.of(index)
-    num_buckets = max(1, -(-num_candidates // limits.memory_pairs))
-    join = _Join(index, queries, geometry, num_buckets, plan_dir)
+    sorter = PairSorter(geometry, plan_dir.child("spill"), limits.memory_pairs)
+    join = _Join(index, queries, sorter)
     _write(plan_dir, "missing", join.run(chunks), CANDIDATE_SCHEMA)
     if join.num_candidates == 0:
         raise InputFileError("the candidate file holds no pair; expected columns query_id and image_id")
     units: list[pa.Table] = []
     num_pairs = num_images = 0
-    for number, bucket in enumerate(join.buckets()):
-        pairs, places = sort_pairs(bucket, geometry)
+    for number, (pairs, places) in enumerate(sorter.ranges()):
         num_pairs += len(pairs)
         edges = unit_edges(places, geometry, limits, index.manifest.tokens.payload_bytes)
         counts = np.diff(edges)
@@ -186,7 +176,7 @@ def write_plan(
                 UNIT_SCHEMA
             )
         )
-    join.remove_spill()
+    sorter.remove_runs()
     all_units = pa.concat_tables(units)
     _write(plan_dir, "units", [all_units], UNIT_SCHEMA)
     empty = queries.query_ids.filter(pa.array(join.candidates_of_query == 0))
@@ -197,54 +187,22 @@ def write_plan(
         num_images=num_images,
         num_units=all_units.num_rows,
         num_missing=join.num_missing,
-        num_missing_images=join.num_missing_images,
+        num_missing_images=len(join.missing_ids),
         num_duplicates=join.num_candidates - join.num_missing - num_pairs,
         num_empty_queries=len(empty),
         empty_queries=empty.slice(0, 5).to_pylist(),
-        missing_images=join.missing_images,
+        missing_images=join.missing_ids.slice(0, 5).to_pylist(),
     )
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Numbers every row and every row group of an index in shard order."""
-
-    first_row: np.ndarray
-    """int64 (S + 1,): rows before each shard."""
-    first_group: np.ndarray
-    """int64 (S + 1,): row groups before each shard."""
-    group_rows: np.ndarray
-    """int64 (S,): rows of a row group of each shard."""
-
-    @classmethod
-    def of(cls, index: Index) -> Geometry:
-        num_rows = np.array([entry.num_rows for entry in index.shards], np.int64)
-        group_rows = np.array([entry.row_group_rows for entry in index.shards], np.int64)
-        groups = -(-num_rows // np.maximum(group_rows, 1))
-        return cls(np.append(0, np.cumsum(num_rows)), np.append(0, np.cumsum(groups)), group_rows)
-
-    def groups(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The row group each (shard, row) lies in, numbered through the index."""
-        return self.first_group[shards] + rows // self.group_rows[shards]
-
-    def groups_of_places(self, places: np.ndarray) -> np.ndarray:
-        """As `groups`, of rows numbered through the index."""
-        shards = np.searchsorted(self.first_row, places, side="right") - 1
-        return self.groups(shards, places - self.first_row[shards])
-
-
 class _Join:
-    """Turns chunks of candidates into integer pairs by bucket; yields what is missing."""
+    """Turns chunks of candidates into integer pairs; yields what is missing."""
 
-    def __init__(
-        self, index: Index, queries: Queries, geometry: Geometry, num_buckets: int, plan_dir: Location
-    ) -> None:
-        self._index, self._queries, self._geometry = index, queries, geometry
-        self._num_buckets, self._plan_dir = num_buckets, plan_dir
-        self._kept: list[pa.Table] = []
-        self._spilled = 0
-        self.num_candidates = self.num_missing = self.num_missing_images = 0
-        self.missing_images: list[str] = []
+    def __init__(self, index: Index, queries: Queries, sorter: PairSorter) -> None:
+        self._index, self._queries, self._sorter = index, queries, sorter
+        self.num_candidates = self.num_missing = 0
+        self.missing_ids = pa.array([], pa.string())
+        """Distinct images that the index does not hold, in the order in which they came."""
         self.candidates_of_query = np.zeros(len(queries.query_ids), np.int64)
 
     def run(self, chunks: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -253,10 +211,7 @@ class _Join:
                 continue
             self.num_candidates += chunk.num_rows
             pairs, missing = self._join(chunk)
-            if self._num_buckets == 1:
-                self._kept.append(pairs)
-            else:
-                self._spill(pairs)
+            self._sorter.add(pairs)
             if missing.num_rows:
                 yield missing
 
@@ -285,51 +240,10 @@ class _Join:
         if found.all():
             return pairs, CANDIDATE_SCHEMA.empty_table()
         absent = images.dictionary.filter(pa.array(image_shards < 0))
-        self.num_missing_images += len(absent)
-        self.missing_images = (self.missing_images + absent.slice(0, 5).to_pylist())[:5]
+        self.missing_ids = pc.unique(pa.concat_arrays([self.missing_ids, absent]))
         missing = chunk.select(CANDIDATE_SCHEMA.names).filter(pa.array(~found)).cast(CANDIDATE_SCHEMA)
         self.num_missing += missing.num_rows
         return pairs.filter(pa.array(found)), missing
-
-    def _spill(self, pairs: pa.Table) -> None:
-        groups = self._geometry.groups(pairs.column("shard").to_numpy(), pairs.column("row").to_numpy())
-        buckets = groups * self._num_buckets // max(int(self._geometry.first_group[-1]), 1)
-        for bucket in np.unique(buckets).tolist():
-            part = pairs.filter(pa.array(buckets == bucket))
-            _write(self._plan_dir, f"spill/{bucket:05d}/{self._spilled:06d}", [part], PAIR_SCHEMA)
-        self._spilled += 1
-
-    def buckets(self) -> Iterator[pa.Table]:
-        """All joined pairs, by ascending row group."""
-        if self._num_buckets == 1:
-            yield pa.concat_tables([PAIR_SCHEMA.empty_table(), *self._kept])
-            return
-        for bucket in range(self._num_buckets):
-            folder = self._plan_dir.child(f"spill/{bucket:05d}")
-            names = [entry.path for entry in folder.list_files()]
-            names = [name for name in names if name.removesuffix(".parquet").isdigit()][: self._spilled]
-            parts = [read_plan_table(folder.child(name)) for name in names]
-            yield pa.concat_tables([PAIR_SCHEMA.empty_table(), *parts])
-
-    def remove_spill(self) -> None:
-        if self._num_buckets > 1:
-            self._plan_dir.child("spill").delete_dir()
-
-
-def sort_pairs(pairs: pa.Table, geometry: Geometry) -> tuple[pa.Table, np.ndarray]:
-    """Pairs by place, then query, the first of equal ones kept.
-
-    Returns:
-        The pairs, and int64 (n,): the row of each, numbered through the index.
-    """
-    shards, rows = pairs.column("shard").to_numpy(), pairs.column("row").to_numpy()
-    places = geometry.first_row[shards] + rows
-    queries = pairs.column("query").to_numpy()
-    order = np.lexsort((queries, places))
-    places, queries = places[order], queries[order]
-    fresh = np.ones(len(order), bool)
-    fresh[1:] = (places[1:] != places[:-1]) | (queries[1:] != queries[:-1])
-    return pairs.take(pa.array(order[fresh])).combine_chunks(), places[fresh]
 
 
 def unit_edges(places: np.ndarray, geometry: Geometry, limits: PlanLimits, payload_bytes: int) -> np.ndarray:

@@ -16,8 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from edje_pipeline.errors import ConfigError
+from edje_pipeline.storage.arrow import gathered
 from edje_pipeline.storage.location import Location, storage_errors
 
+MAX_BUCKETS = 256
+"""Files open at a time; beyond this many, buckets grow."""
 PART_SCHEMA = pa.schema(
     [
         pa.field("query", pa.int32(), nullable=False),
@@ -54,7 +57,7 @@ def rank_parts(
         memory_pairs: sorted in memory at a time, about.
         top_k: ranks kept a query; None keeps all.
     """
-    num_buckets = max(1, -(-num_pairs // memory_pairs))
+    num_buckets = min(MAX_BUCKETS, max(1, -(-num_pairs // memory_pairs)))
     if num_buckets == 1:
         yield rank_pairs(pa.concat_tables([PART_SCHEMA.empty_table(), *parts]), query_ids, top_k)
         return
@@ -62,7 +65,7 @@ def rank_parts(
         writers = [pq.ParquetWriter(Path(folder) / f"{n}.parquet", PART_SCHEMA) for n in range(num_buckets)]
         try:
             with storage_errors(Location.parse(folder)):
-                for part in parts:
+                for part in gathered(parts, max(1, memory_pairs // 4)):
                     buckets = part.column("query").to_numpy().astype(np.int64) * num_buckets // len(query_ids)
                     for bucket in np.unique(buckets).tolist():
                         writers[bucket].write_table(part.filter(pa.array(buckets == bucket)))

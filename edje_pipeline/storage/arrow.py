@@ -1,10 +1,12 @@
-"""Zero-copy steps between numpy matrices of bytes and Arrow fixed-size binary columns.
+"""Zero-copy steps between numpy matrices of bytes and Arrow fixed-size binary columns, and tables put together.
 
 Fixed-size binary is how pixels, tokens and embeddings travel and rest: a contiguous buffer that
 Ray, Parquet and numpy all share without a copy or a Python object a row.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -44,3 +46,17 @@ def numpy_from_fixed_binary(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
         return np.empty((0, width), np.uint8)
     flat = np.frombuffer(buffer, np.uint8, count=len(column) * width, offset=column.offset * width)
     return flat.reshape(len(column), width)
+
+
+def gathered(tables: Iterable[pa.Table], num_rows: int) -> Iterator[pa.Table]:
+    """Tables put together to `num_rows` rows or somewhat more; the last may have fewer."""
+    kept: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        kept.append(table)
+        count += table.num_rows
+        if count >= num_rows:
+            yield pa.concat_tables(kept)
+            kept, count = [], 0
+    if kept:
+        yield pa.concat_tables(kept)

@@ -25,8 +25,9 @@ from edje_pipeline.storage.input_problems import Problems
 
 CHUNK_BYTES = 16 << 20
 MAX_TABLE_BYTES = 16 << 30
-"""Of text in memory: 10^8 candidate pairs with long ids. More is refused with the advice to split."""
+"""Of text in memory at once. More is refused with the advice to split."""
 BATCH_ROWS = 8192
+"""Of a piece of a Parquet file."""
 
 TREC_COLUMNS = ("query_id", "q0", "image_id", "rank", "first_stage_score", "run_tag")
 _SUFFIX_FORMATS = {
@@ -43,15 +44,18 @@ _SUFFIX_FORMATS = {
 
 @dataclass(frozen=True)
 class TextTable:
-    """Records of a file: text columns (those asked for that are there) and where each record stands."""
+    """Records of a file, or of a piece of it: text columns, and where each record stands."""
 
     name: str
     table: pa.Table
+    """The columns asked for; one that is not there is absent from a whole table and all null in a piece."""
     numbers: np.ndarray
     """int64 (n,): line or row number of each record, from 1."""
     unit: str
     """`line` or `row`."""
     found_columns: tuple[str, ...]
+    has_header: bool = False
+    """`found_columns` of one piece are those of the whole file."""
 
     def place(self, position: int) -> str:
         """`line 7`."""
@@ -60,6 +64,26 @@ class TextTable:
 
 def read_text_table(uri: str, columns: Sequence[str], *, lines_as: str | None = None) -> TextTable:
     """Reads the named columns of a file, whichever of them it has.
+
+    Args and errors: see `iter_text_tables`; a file of more text than memory can be expected to hold is refused too.
+    """
+    pieces: list[TextTable] = []
+    size = 0
+    for piece in iter_text_tables(uri, columns, lines_as=lines_as):
+        size += piece.table.nbytes
+        _check_size(size, piece.name)
+        pieces.append(piece)
+    present = [column for column in columns if any(column in piece.found_columns for piece in pieces)]
+    table = pa.concat_tables([piece.table for piece in pieces]).select(present)
+    numbers = np.concatenate([piece.numbers for piece in pieces])
+    return TextTable(pieces[0].name, table, numbers, pieces[0].unit, tuple(present), pieces[0].has_header)
+
+
+def iter_text_tables(uri: str, columns: Sequence[str], *, lines_as: str | None = None) -> Iterator[TextTable]:
+    """The named columns of a file in pieces of some megabytes; at least one piece.
+
+    Nothing is yielded after the first record that cannot be parsed: the rest is read for the sake of one error
+    that names every such record, raised at the end.
 
     Args:
         uri: path or URI; `.gz` and `.zst` are unpacked.
@@ -78,23 +102,18 @@ def read_text_table(uri: str, columns: Sequence[str], *, lines_as: str | None = 
         kind = detect_format(uri, head, lines_as)
         if kind == "parquet":
             with files.open_binary(uri) as seekable:
-                return _parquet(seekable, name, columns)
-        if kind in ("csv", "tsv"):
-            return _csv(whole, name, columns, "\t" if kind == "tsv" else ",")
-        problems = Problems(name)
-        parsers = {"jsonl": _json_chunk, "trec": _trec_chunk, "lines": _lines_chunk}
-        wanted = [lines_as] if kind == "lines" and lines_as else list(columns)
-        tables, numbers, found = [], [], dict.fromkeys(wanted, False)
-        for first, chunk in compressed.iter_chunks(whole, name, CHUNK_BYTES):
-            table, places = parsers[kind](chunk, first, wanted, problems)
-            tables.append(table)
-            numbers.append(places)
-            found = {column: found[column] or table.column(column).null_count < table.num_rows for column in wanted}
-            _check_size(sum(part.nbytes for part in tables), name)
-        problems.raise_if_any(f"one record a line ({kind})")
-        table = pa.concat_tables(tables)
-        present = [column for column in columns if found.get(column)]
-        return TextTable(name, table.select(present), np.concatenate(numbers), "line", tuple(present))
+                yield from _parquet(seekable, name, columns)
+        elif kind in ("csv", "tsv"):
+            yield from _csv(whole, name, columns, "\t" if kind == "tsv" else ",")
+        else:
+            problems = Problems(name)
+            parsers = {"jsonl": _json_chunk, "trec": _trec_chunk, "lines": _lines_chunk}
+            for first, chunk in compressed.iter_chunks(whole, name, CHUNK_BYTES):
+                table, places = parsers[kind](chunk, first, columns, problems)
+                if not problems:
+                    found = (column for column in columns if table.column(column).null_count < table.num_rows)
+                    yield TextTable(name, table, places, "line", tuple(found))
+            problems.raise_if_any(f"one record a line ({kind})")
 
 
 def detect_format(uri: str, head: bytes, lines_as: str | None) -> str:
@@ -160,25 +179,32 @@ def _text(column: pa.ChunkedArray | pa.Array) -> Any:
 # -- formats ----------------------------------------------------------------------------------------
 
 
-def _parquet(stream: Any, name: str, columns: Sequence[str]) -> TextTable:
+def _parquet(stream: Any, name: str, columns: Sequence[str]) -> Iterator[TextTable]:
     try:
         names = pq.read_schema(stream).names
-        present = [column for column in columns if column in names]
+        present = tuple(column for column in columns if column in names)
         # Dictionaries are kept until the size of what they stand for is known.
-        file = pq.ParquetFile(stream, read_dictionary=present, pre_buffer=False)
-        batches, size = [], 0
-        for batch in file.iter_batches(BATCH_ROWS, columns=present, use_threads=False) if present else ():
-            size += sum(_expanded_bytes(column) for column in batch.columns)
-            _check_size(size, name)
-            batches.append(pa.table([_text(column) for column in batch.columns], names=present))
+        file = pq.ParquetFile(stream, read_dictionary=list(present), pre_buffer=False)
+        num_rows = 0
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(present), use_threads=False) if present else ():
+            _check_size(sum(_expanded_bytes(column) for column in batch.columns), name)
+            values = {column: _text(batch.column(column)) for column in present}
+            yield _piece(name, values, columns, present, num_rows, batch.num_rows)
+            num_rows += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, InputFileError):
             raise
         raise InputFileError(f"{name} cannot be read as Parquet: {_short(error)}") from error
-    table = (
-        pa.concat_tables(batches) if batches else pa.table({column: pa.array([], pa.string()) for column in present})
-    )
-    return TextTable(name, table, np.arange(1, table.num_rows + 1), "row", tuple(present))
+    if num_rows == 0:
+        yield _piece(name, {}, columns, present, 0, 0)
+
+
+def _piece(
+    name: str, values: dict[str, Any], columns: Sequence[str], present: Sequence[str], before: int, num_rows: int
+) -> TextTable:
+    """Rows of a file with a header: `before` of them came earlier."""
+    table = pa.table({column: values.get(column, pa.nulls(num_rows, pa.string())) for column in columns})
+    return TextTable(name, table, np.arange(before + 1, before + num_rows + 1), "row", tuple(present), has_header=True)
 
 
 def _expanded_bytes(column: pa.Array) -> int:
@@ -189,7 +215,7 @@ def _expanded_bytes(column: pa.Array) -> int:
     return int(pc.sum(lengths.take(column.indices)).as_py() or 0)
 
 
-def _csv(stream: Any, name: str, columns: Sequence[str], delimiter: str) -> TextTable:
+def _csv(stream: Any, name: str, columns: Sequence[str], delimiter: str) -> Iterator[TextTable]:
     problems = Problems(name)
     wrong: list[str] = []
 
@@ -212,11 +238,14 @@ def _csv(stream: Any, name: str, columns: Sequence[str], delimiter: str) -> Text
                 strings_can_be_null=False,
             ),
         )
-        batches, size = [], 0
+        num_rows = 0
         for batch in reader:
-            size += batch.nbytes
-            _check_size(size, name)
-            batches.append(batch)
+            if batch.num_rows and not wrong:
+                # An absent column is all null, since text here is never null.
+                present = [column for column in columns if not batch.column(column).null_count]
+                values = {column: batch.column(column) for column in present}
+                yield _piece(name, values, columns, present, num_rows, batch.num_rows)
+            num_rows += batch.num_rows
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputFileError(
             f"{name} cannot be read as {'TSV' if delimiter == chr(9) else 'CSV'}: {_short(error)}"
@@ -224,15 +253,9 @@ def _csv(stream: Any, name: str, columns: Sequence[str], delimiter: str) -> Text
     if wrong:
         problems.add("wrong number of fields", wrong[:3], len(wrong))
         problems.raise_if_any(f"a header and {'tab' if delimiter == chr(9) else 'comma'}-separated fields")
-    table = pa.Table.from_batches(batches, reader.schema)
-    # An absent column is all null, since text here is never null.
-    present = [
-        column
-        for column in columns
-        if pa.types.is_string(table.schema.field(column).type)
-        and (table.num_rows == 0 or table.column(column).null_count == 0)
-    ]
-    return TextTable(name, table.select(present), np.arange(1, table.num_rows + 1), "row", tuple(present))
+    if num_rows == 0:
+        present = [column for column in columns if pa.types.is_string(reader.schema.field(column).type)]
+        yield _piece(name, {}, columns, present, 0, 0)
 
 
 def _json_chunk(chunk: bytes, first: int, columns: Sequence[str], problems: Problems) -> tuple[pa.Table, np.ndarray]:
@@ -327,7 +350,11 @@ def _lines_chunk(chunk: bytes, first: int, columns: Sequence[str], problems: Pro
         if text:
             values.append(text)
             numbers.append(number)
-    return pa.table({columns[0]: pa.array(values, pa.string())}), np.asarray(numbers, np.int64)
+    absent = pa.nulls(len(values), pa.string())
+    table = pa.table(
+        {column: absent if place else pa.array(values, pa.string()) for place, column in enumerate(columns)}
+    )
+    return table, np.asarray(numbers, np.int64)
 
 
 def _short(error: BaseException) -> str:

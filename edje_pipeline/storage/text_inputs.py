@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Collection, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 from edje_pipeline.errors import InputFileError
 from edje_pipeline.storage import compressed, files
 from edje_pipeline.storage.input_problems import SHOWN, Problems
-from edje_pipeline.storage.tabular import TextTable, positions, read_text_table
+from edje_pipeline.storage.tabular import TextTable, iter_text_tables, positions, read_text_table
 
 QUERY_SCHEMA = pa.schema(
     [pa.field("query_id", pa.string(), nullable=False), pa.field("text", pa.string(), nullable=False)]
@@ -43,7 +44,7 @@ def read_queries(uri: str) -> pa.Table:
     """
     found = read_text_table(uri, QUERY_SCHEMA.names)
     problems = Problems(found.name)
-    _check_columns(found, QUERY_SCHEMA.names, "a query file has the columns query_id and text")
+    _check_whole(found, QUERY_SCHEMA.names, "a query file has the columns query_id and text")
     _check_filled(found, "query_id", problems)
     _check_filled(found, "text", problems)
     _check_unique(found, "query_id", problems)
@@ -51,25 +52,32 @@ def read_queries(uri: str) -> pa.Table:
     return found.table.cast(QUERY_SCHEMA)
 
 
-def read_candidates(uri: str) -> pa.Table:
-    """CANDIDATE_SCHEMA, in file order; `first_stage_score` is null where the file gives none.
+def iter_candidates(uri: str) -> Iterator[pa.Table]:
+    """CANDIDATE_SCHEMA in pieces, in file order; `first_stage_score` is null where the file gives none.
+
+    Nothing is yielded after the first bad record; what is wrong with the file is raised at its end, all at once.
 
     Raises:
         InputFileError: no such file, no header, a missing column, an empty id, a score that is no number.
     """
-    found = read_text_table(uri, CANDIDATE_SCHEMA.names)
-    problems = Problems(found.name)
-    _check_columns(
-        found,
-        ["query_id", "image_id"],
-        "a candidate file has the columns query_id, image_id and optionally first_stage_score, or is a TREC run",
-    )
-    _check_filled(found, "query_id", problems)
-    _check_filled(found, "image_id", problems)
-    scores = _scores(found, problems)
+    expected = "a candidate file has the columns query_id, image_id and optionally first_stage_score, or is a TREC run"
+    required = ["query_id", "image_id"]
+    found: set[str] = set()
+    problems, num_records = Problems(""), 0
+    for piece in iter_text_tables(uri, CANDIDATE_SCHEMA.names):
+        problems.name = piece.name
+        found.update(piece.found_columns)
+        num_records += piece.table.num_rows
+        if piece.has_header:
+            _check_columns(piece.name, found, num_records, required, expected)
+        for column in required:
+            _check_filled(piece, column, problems)
+        scores = _scores(piece, problems)
+        if not problems and piece.table.num_rows:
+            columns = [piece.table.column("query_id"), piece.table.column("image_id"), scores]
+            yield pa.table(columns, names=CANDIDATE_SCHEMA.names).cast(CANDIDATE_SCHEMA)
+    _check_columns(problems.name, found, num_records, required, expected)
     problems.raise_if_any("a query_id, an image_id and, if any, a numeric first_stage_score in every record")
-    columns = [found.table.column("query_id"), found.table.column("image_id"), scores]
-    return pa.table(columns, names=CANDIDATE_SCHEMA.names).cast(CANDIDATE_SCHEMA)
 
 
 def read_captions(uri: str) -> pa.Table:
@@ -83,7 +91,7 @@ def read_captions(uri: str) -> pa.Table:
         return _caption_lines(uri)
     found = read_text_table(uri, CAPTION_SCHEMA.names)
     problems = Problems(found.name)
-    _check_columns(found, ["image_id", "caption"], "a caption file has the columns image_id and caption")
+    _check_whole(found, ["image_id", "caption"], "a caption file has the columns image_id and caption")
     _check_filled(found, "image_id", problems)
     _check_filled(found, "caption", problems)
     problems.raise_if_any("an image_id and a caption in every record")
@@ -98,20 +106,24 @@ def read_ids(uri: str) -> pa.Table:
     """
     found = read_text_table(uri, ID_SCHEMA.names, lines_as="image_id")
     problems = Problems(found.name)
-    _check_columns(found, ID_SCHEMA.names, "an id file has a column image_id, or is a .txt with one id a line")
+    _check_whole(found, ID_SCHEMA.names, "an id file has a column image_id, or is a .txt with one id a line")
     _check_filled(found, "image_id", problems)
     problems.raise_if_any("an image_id in every record")
     return pa.table([pc.unique(found.table.column("image_id"))], schema=ID_SCHEMA)
 
 
-def _check_columns(found: TextTable, required: list[str], expected: str) -> None:
-    absent = [column for column in required if column not in found.found_columns]
+def _check_columns(name: str, found: Collection[str], num_records: int, required: Sequence[str], expected: str) -> None:
+    absent = [column for column in required if column not in found]
     if absent:
         raise InputFileError(
-            f"{found.name} has no column {' and no column '.join(absent)} (is its header missing?): {expected}"
+            f"{name} has no column {' and no column '.join(absent)} (is its header missing?): {expected}"
         )
-    if found.table.num_rows == 0:
-        raise InputFileError(f"{found.name} has a header and no record; {expected}")
+    if num_records == 0:
+        raise InputFileError(f"{name} has a header and no record; {expected}")
+
+
+def _check_whole(found: TextTable, required: Sequence[str], expected: str) -> None:
+    _check_columns(found.name, found.found_columns, found.table.num_rows, required, expected)
 
 
 def _check_filled(found: TextTable, column: str, problems: Problems) -> None:

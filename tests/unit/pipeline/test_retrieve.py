@@ -17,7 +17,7 @@ from edje_pipeline.pipeline import retrieve as module
 from edje_pipeline.pipeline.retrieve import RetrieveConfig, run_retrieve
 from edje_pipeline.pipeline.top_k import TopK
 from edje_pipeline.storage.index import Index
-from edje_pipeline.storage.text_inputs import read_candidates
+from edje_pipeline.storage.text_inputs import iter_candidates
 from tests.index_util import write_index
 from tests.score_util import tiny_model
 
@@ -93,7 +93,9 @@ def test_faiss_with_all_lists_finds_the_same(tmp_path: Path, embedded_index: Ind
 def test_candidates_are_what_score_reads(tmp_path: Path, embedded_index: Index) -> None:
     for name in ("candidates.parquet", "first.run"):
         run_retrieve(retrieve_config(embedded_index, tmp_path, out=str(tmp_path / name)))
-    stored, trec = (read_candidates(str(tmp_path / name)) for name in ("candidates.parquet", "first.run"))
+    stored, trec = (
+        pa.concat_tables(iter_candidates(str(tmp_path / name))) for name in ("candidates.parquet", "first.run")
+    )
     assert stored.num_rows == 90
     assert stored.select(["query_id", "image_id"]) == trec.select(["query_id", "image_id"])
     np.testing.assert_allclose(stored.column("first_stage_score"), trec.column("first_stage_score"), rtol=1e-6)

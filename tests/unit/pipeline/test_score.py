@@ -205,7 +205,7 @@ def test_other_inputs_are_refused_while_a_run_is_unfinished(
 ) -> None:
     config = score_config(score_index, tmp_path, score_pairs)
     with monkeypatch.context() as patch:
-        patch.setattr(score_module, "write_results", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(score_module, "write_results", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_score(config)
     _, candidates = write_inputs(tmp_path, QUERIES, score_pairs[:-1], name="-fewer")

@@ -13,7 +13,12 @@ import zstandard
 
 from edje_pipeline.errors import InputFileError
 from edje_pipeline.storage import compressed
-from edje_pipeline.storage.text_inputs import read_candidates, read_captions, read_ids, read_queries
+from edje_pipeline.storage.text_inputs import iter_candidates, read_captions, read_ids, read_queries
+
+
+def read_candidates(uri: str) -> pa.Table:
+    return pa.concat_tables(iter_candidates(uri))
+
 
 QUERIES = {"query_id": ["q1", "q2"], "text": ["a red apple", 'two "dogs", one\tcat']}
 CSV_QUERIES = 'query_id,text\nq1,a red apple\nq2,"two ""dogs"", one\tcat"\n'
@@ -154,6 +159,58 @@ def test_bad_lines_of_a_trec_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "r.trec").write_text("q1 Q0 a 1 0.5 t\nq1 Q0 b 2 high t\n")
     with pytest.raises(InputFileError, match="not a finite number at line 2"):
         read_candidates(str(tmp_path / "r.trec"))
+
+
+def big_candidates(suffix: str, num: int, bad: int | None = None) -> str:
+    """Candidates of many pieces; record `bad` has no image_id."""
+    rows = [(f"q{n % 7}", "" if n == bad else f"img-{n}.jpg", n / 8) for n in range(num)]
+    if suffix == ".csv":
+        return "query_id,image_id,first_stage_score\n" + "".join(f"{q},{i},{s}\n" for q, i, s in rows)
+    if suffix == ".trec":
+        return "".join(f"{q} Q0 {i} 1 {s} tag\n" for q, i, s in rows)
+    return "".join(json.dumps({"query_id": q, "image_id": i, "first_stage_score": s}) + "\n" for q, i, s in rows)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".trec", ".parquet"])
+def test_candidates_come_in_pieces(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edje_pipeline.storage.tabular.CHUNK_BYTES", 4096)
+    monkeypatch.setattr("edje_pipeline.storage.tabular.BATCH_ROWS", 100)
+    path = tmp_path / f"c{suffix}"
+    if suffix == ".parquet":
+        (tmp_path / "c.csv").write_text(big_candidates(".csv", 1000))
+        pq.write_table(pa.concat_tables(iter_candidates(str(tmp_path / "c.csv"))), path)
+    else:
+        path.write_text(big_candidates(suffix, 1000))
+    pieces = list(iter_candidates(str(path)))
+    assert len(pieces) > 3
+    table = pa.concat_tables(pieces)
+    assert table.column("image_id").to_pylist() == [f"img-{n}.jpg" for n in range(1000)]
+    assert table.column("first_stage_score").to_pylist() == [n / 8 for n in range(1000)]
+
+
+@pytest.mark.parametrize(("suffix", "place"), [(".csv", "row 701"), (".jsonl", "line 701")])
+def test_a_bad_record_of_a_later_piece_is_named_and_nothing_comes_after_it(
+    tmp_path: Path, suffix: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edje_pipeline.storage.tabular.CHUNK_BYTES", 4096)
+    (tmp_path / f"c{suffix}").write_text(big_candidates(suffix, 1000, bad=700))
+    pieces: list[pa.Table] = []
+    with pytest.raises(InputFileError, match=f"empty image_id at {place}"):
+        pieces.extend(iter_candidates(str(tmp_path / f"c{suffix}")))
+    assert 0 < sum(piece.num_rows for piece in pieces) <= 700
+    assert all(all(piece.column("image_id").to_pylist()) for piece in pieces)
+
+
+def test_a_column_that_only_some_pieces_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edje_pipeline.storage.tabular.CHUNK_BYTES", 64)
+    lines = [{"query_id": "q", "image_id": f"{n}", **({"first_stage_score": 1} if n > 40 else {})} for n in range(50)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = read_candidates(str(tmp_path / "c.jsonl"))
+    assert table.column("first_stage_score").to_pylist() == [None] * 41 + [1.0] * 9
+    del lines[3]["image_id"]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputFileError, match="empty image_id at line 4"):
+        read_candidates(str(tmp_path / "c.jsonl"))
 
 
 def test_ids_from_a_column_or_a_plain_list(tmp_path: Path) -> None:
