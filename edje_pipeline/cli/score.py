@@ -88,6 +88,10 @@ def score(
             "shared H100. GELU in its tanh form; near-ties may rank differently."
         ),
     ] = Kernels.torch,
+    refine_top: Annotated[
+        int,
+        typer.Option(help="Score each query's best K again in float32: exact first ranks with a cheap precision."),
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     num_workers: Annotated[
         int | None, typer.Option(help="Ray actors; 0 scores in this process; default: by size and machine.")
@@ -116,6 +120,9 @@ def score(
 
         edje-pipeline score --index photos.edje --queries q.tsv --candidates first.run --out scores \\
             --top-k 10 --trec reranked.run
+
+        edje-pipeline score --index photos.edje --queries q.jsonl --candidates c.parquet --out scores \\
+            --precision int8 --refine-top 5
     """
     del config, debug
     from edje_pipeline.pipeline.threads import let_threads_sleep
@@ -138,6 +145,7 @@ def score(
             precision=precision.value,
             compile=compile_model,
             kernels=kernels.value,
+            refine_top=refine_top,
             device=device,
             num_workers=num_workers,
             ray_address=ray_address,

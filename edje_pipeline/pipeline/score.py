@@ -8,39 +8,32 @@ Killed at any moment, the same call goes on where it stopped; see `score_store` 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 import edje_pipeline
 from edje_pipeline.errors import ConfigError, InputFileError
 from edje_pipeline.models.spec import fingerprint_of
+from edje_pipeline.pipeline.score_journal import UnitJournal
 from edje_pipeline.pipeline.score_output import write_results
+from edje_pipeline.pipeline.score_pass import Workers, run_pass
 from edje_pipeline.pipeline.score_plan import PlanInfo, PlanLimits, Queries, write_plan
 from edje_pipeline.pipeline.score_rank import check_trec_ids
+from edje_pipeline.pipeline.score_refine import refine
 from edje_pipeline.pipeline.score_result import ScoreResult
-from edje_pipeline.pipeline.score_store import ScoreReceipt, ScoreStore
-from edje_pipeline.pipeline.score_worker import UnitScorer, WorkerSpec
-from edje_pipeline.pipeline.stages import available_cpus
-from edje_pipeline.progress import progress
+from edje_pipeline.pipeline.score_store import ScoreStore
+from edje_pipeline.pipeline.score_worker import WorkerSpec
 from edje_pipeline.storage.arrow import gathered
 from edje_pipeline.storage.index import Index
 from edje_pipeline.storage.location import Location
 from edje_pipeline.storage.parquet_io import hash_file
 
-if TYPE_CHECKING:
-    from edje_pipeline.reranker import OpenScorer
-
 JOIN_CHUNK_PAIRS = 1_000_000
 """Candidates looked up in the index at a time."""
-RAY_MIN_PAIRS = 200_000
-"""Below this many pairs starting Ray costs more than a second worker saves."""
-CPUS_A_WORKER = 4
-"""Intra-op threads of one CPU worker; more of them scale worse than more workers."""
 UNIT_PAIRS = {"cpu": 8192, "cuda": 65_536}
 
 
@@ -74,6 +67,8 @@ class ScoreConfig:
     """`torch.compile` of the joint encoder: worth its minute on a GPU from a few million pairs."""
     kernels: str = "torch"
     """Layers on a GPU: `torch`, or `own`, an experiment for bfloat16 (docs/performance.md)."""
+    refine_top: int = 0
+    """Each query's best pairs scored again in float32; 0: none. Nothing to do where `precision` is float32."""
     device: str = "auto"
     num_workers: int | None = None
     """Ray actors; 0 scores in this process; None chooses by the number of pairs, GPUs and cores."""
@@ -99,6 +94,8 @@ class ScoreConfig:
             problems.append(f"missing_warning is {self.missing_warning}, expected a fraction from 0 to 1")
         if self.num_workers is not None and self.num_workers < 0:
             problems.append(f"num_workers is {self.num_workers}, expected 0 or more")
+        if self.refine_top < 0:
+            problems.append(f"refine_top is {self.refine_top}, expected 0 or more")
         for name in ("num_threads", "unit_pairs", "memory_pairs"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -117,7 +114,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
         CorruptionError: the index is damaged.
         WorkerError: a Ray worker failed more often than the run allows.
     """
-    from edje_pipeline.reranker import open_fitting_model, open_scorer
+    from edje_pipeline.reranker import open_fitting_model
     from edje_pipeline.stages.score_pairs import check_kernels, resolve_device, resolve_precision
 
     clock = Clock()
@@ -126,6 +123,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     check_kernels(config.kernels, device, precision, compiled=config.compile)
+    refine_top = 0 if precision == "float32" else config.refine_top
     inputs = [Location.parse(config.queries), Location.parse(config.candidates)]
     with clock.stage("hash"):
         fingerprints = {
@@ -135,6 +133,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
             "candidates": hash_input(inputs[1], "candidate"),
             "precision": precision,
             "kernels": config.kernels,
+            "refine_top": str(refine_top),
         }
     options = {key: value for key, value in asdict(config).items() if key not in ("quiet", "overwrite")}
     out = Location.parse(config.out)
@@ -142,54 +141,46 @@ def run_score(config: ScoreConfig) -> ScoreResult:
         if store.published is not None:
             store.tidy(store.published)
             return ScoreResult.from_manifest(store.published, str(out), config.missing_warning)
-        opened: OpenScorer | None = None
 
         def tokenize(texts: list[str]) -> list[list[int]]:
             return directory.load_tokenizer().encode(texts)
 
         limits = PlanLimits(config.unit_pairs or UNIT_PAIRS[device.type], memory_pairs=config.memory_pairs)
         with clock.stage("join"):
-            info = make_plan(store, index, config, tokenize, limits)
+            info = make_plan(store.units, index, config, tokenize, limits)
         if config.on_missing == "error" and info.num_missing:
             raise InputFileError(
                 f"{info.num_missing:,} candidates name {info.num_missing_images:,} images that {index.location} "
                 f"does not hold, such as {', '.join(map(repr, info.missing_images[:3]))}; "
                 "extract them, or use --on-missing report"
             )
-        with clock.stage("verify"):
-            store.drop_damaged()
-        todo = [unit for unit in range(info.num_units) if unit not in store.receipts]
         spec = WorkerSpec(
             index=index.location.uri,
             snapshot=index.snapshot,
             model=config.model,
             precision=precision,
             device=str(device),
-            run_dir=store.run_dir.uri,
             compiled=config.compile,
             kernels=config.kernels,
-            num_threads=config.num_threads or available_cpus(),
         )
-        num_workers = choose_workers(config, info, device.type)
+        workers = Workers(config.num_workers, config.num_threads, config.ray_address, quiet=config.quiet)
         with clock.stage("score"):
-            if todo and num_workers == 0:
-                opened = open_scorer(
-                    index,
-                    config.model,
-                    precision=precision,
-                    device=str(device),
-                    compiled=config.compile,
-                    kernels=config.kernels,
+            done = run_pass(store.units, info, spec, index, workers)
+        refined = None
+        if refine_top and info.num_pairs:
+            with clock.stage("refine"):
+                plan, again = refine(
+                    store,
+                    info,
+                    index=index,
+                    read_queries=lambda: load_queries(config),
+                    tokenize=tokenize,
+                    limits=limits,
+                    spec=spec,
+                    workers=workers,
+                    top=refine_top,
                 )
-                worker = UnitScorer(spec, index=index, scorer=opened.scorer)
-                new_pairs = collect(store, info, worker.run(todo), config.quiet)
-            elif todo:
-                from edje_pipeline.pipeline.score_ray import run_actors
-
-                spec = WorkerSpec(**{**asdict(spec), "num_threads": config.num_threads or CPUS_A_WORKER})
-                new_pairs = collect(store, info, run_actors(spec, todo, num_workers, config.ray_address), config.quiet)
-            else:
-                new_pairs = 0
+            refined = {"top": refine_top, "num_pairs": plan.num_pairs, "stats": again.stats}
         with clock.stage("regroup"):
             written = write_results(store, info, memory_pairs=config.memory_pairs, top_k=config.top_k, trec=config.trec)
         manifest = store.publish(
@@ -199,11 +190,12 @@ def run_score(config: ScoreConfig) -> ScoreResult:
                 "index": {"location": str(index.location), "snapshot": index.snapshot},
                 "model": directory.spec.name,
                 "plan": info.to_dict(),
-                "num_pairs_scored_now": new_pairs,
-                "num_workers": num_workers,
+                "num_pairs_scored_now": done.num_pairs_scored_now,
+                "num_workers": done.num_workers,
                 "device": str(device),
                 "precision": precision,
-                "stats": total_stats(store.receipts.values()),
+                "refined": refined,
+                "stats": done.stats,
                 "timings": clock.seconds,
                 **written,
             }
@@ -240,23 +232,30 @@ def hash_input(location: Location, what: str) -> str:
     return fingerprint_of([[name, hash_file(location.child(name)).sha256] for name in names])
 
 
-def make_plan(store: ScoreStore, index: Index, config: ScoreConfig, tokenize: Any, limits: PlanLimits) -> PlanInfo:
+def make_plan(journal: UnitJournal, index: Index, config: ScoreConfig, tokenize: Any, limits: PlanLimits) -> PlanInfo:
     """The stored plan of a resumed run, else a new one."""
-    from edje_pipeline.storage.text_inputs import iter_candidates, read_queries
+    from edje_pipeline.storage.text_inputs import iter_candidates
 
-    found = store.plan_info
+    found = journal.plan_info
     if found is not None:
         return PlanInfo(**found)
-    queries = Queries.from_table(read_queries(config.queries))
+    queries = load_queries(config)
     pieces = iter_candidates(config.candidates)
     if config.trec:
         check_trec_ids(queries.query_ids, "query_id")
         pieces = trec_checked(pieces)
     info = write_plan(
-        store.plan_dir, index, queries, gathered(pieces, JOIN_CHUNK_PAIRS), tokenize=tokenize, limits=limits
+        journal.plan_dir, index, queries, gathered(pieces, JOIN_CHUNK_PAIRS), tokenize=tokenize, limits=limits
     )
-    store.set_plan_info(info.to_dict())
+    journal.set_plan_info(info.to_dict())
     return info
+
+
+def load_queries(config: ScoreConfig) -> Queries:
+    """The query file as numbers."""
+    from edje_pipeline.storage.text_inputs import read_queries
+
+    return Queries.from_table(read_queries(config.queries))
 
 
 def trec_checked(candidates: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -264,36 +263,3 @@ def trec_checked(candidates: Iterable[pa.Table]) -> Iterator[pa.Table]:
     for piece in candidates:
         check_trec_ids(piece.column("image_id"), "image_id")
         yield piece
-
-
-def choose_workers(config: ScoreConfig, info: PlanInfo, device: str) -> int:
-    """Ray actors to use; 0: this process, which fills one GPU or a few cores by itself."""
-    if config.num_workers is not None:
-        return config.num_workers
-    if device == "cuda":
-        import torch
-
-        parallel = torch.cuda.device_count()
-    else:
-        parallel = available_cpus() // CPUS_A_WORKER
-    if config.ray_address is not None:
-        return max(1, parallel)
-    return parallel if parallel > 1 and info.num_pairs >= RAY_MIN_PAIRS else 0
-
-
-def collect(store: ScoreStore, info: PlanInfo, receipts: Iterable[ScoreReceipt], quiet: bool) -> int:
-    """Journals receipts as they come; returns the number of pairs scored now."""
-    before = sum(receipt.num_pairs for receipt in store.receipts.values())
-    with progress("score", info.num_pairs, unit="pairs", quiet=quiet, skipped=before) as report:
-        for receipt in receipts:
-            if store.journal(receipt):
-                report.update(receipt.num_pairs, missing=info.num_missing)
-    return sum(receipt.num_pairs for receipt in store.receipts.values()) - before
-
-
-def total_stats(receipts: Iterable[ScoreReceipt]) -> dict[str, float]:
-    """Sums over units: images and bytes read, seconds inside workers."""
-    total: Counter[str] = Counter()
-    for receipt in receipts:
-        total.update(receipt.stats)
-    return dict(total)

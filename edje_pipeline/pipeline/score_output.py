@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from edje_pipeline.pipeline.score_journal import UnitJournal
 from edje_pipeline.pipeline.score_plan import PlanInfo, read_plan_table
 from edje_pipeline.pipeline.score_rank import PART_SCHEMA, RESULT_SCHEMA, rank_parts, trec_lines
 from edje_pipeline.pipeline.score_store import ScoreStore
@@ -26,10 +27,10 @@ def write_results(
     store: ScoreStore, info: PlanInfo, *, memory_pairs: int, top_k: int | None, trec: str | None
 ) -> dict[str, Any]:
     """Ranked results, the missing candidates and the TREC file; returns what the manifest says of them."""
-    query_ids = read_plan_table(store.plan_dir.child("queries.parquet")).column("query_id").combine_chunks()
     ranked = rank_parts(
-        read_parts(store),
-        query_ids,
+        read_parts(store.units),
+        read_query_ids(store.units),
+        refined=read_parts(store.refined),
         num_pairs=info.num_pairs,
         memory_pairs=memory_pairs,
         top_k=top_k,
@@ -51,7 +52,7 @@ def write_results(
             crash_point("score.results")
     missing = None
     if info.num_missing:
-        source, target = store.plan_dir.child("missing.parquet"), store.out.child("missing.parquet")
+        source, target = store.units.plan_dir.child("missing.parquet"), store.out.child("missing.parquet")
         with source.open_input() as stream:
             file = pq.ParquetFile(stream)
             pieces = (file.read_row_group(group) for group in range(file.num_row_groups))
@@ -60,11 +61,16 @@ def write_results(
     return {"files": files, "missing": missing, "num_results": sum(entry["num_rows"] for entry in files)}
 
 
-def read_parts(store: ScoreStore) -> Iterator[pa.Table]:
+def read_query_ids(journal: UnitJournal) -> pa.Array:
+    """string (Q,): what the numbers in the column `query` of parts stand for."""
+    return read_plan_table(journal.plan_dir.child("queries.parquet")).column("query_id").combine_chunks()
+
+
+def read_parts(journal: UnitJournal) -> Iterator[pa.Table]:
     """Scored parts in the order of their units, checked against their receipts."""
-    for unit in sorted(store.receipts):
-        receipt = store.receipts[unit]
-        part = store.run_dir.child(receipt.path)
+    for unit in sorted(journal.receipts):
+        receipt = journal.receipts[unit]
+        part = journal.run_dir.child(receipt.path)
         sizes = {"num_rows": receipt.num_pairs, "size_bytes": receipt.size_bytes}
         yield open_parquet(part, **sizes, schema=PART_SCHEMA, what="scored part").read()
 

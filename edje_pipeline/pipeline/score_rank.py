@@ -47,6 +47,7 @@ def rank_parts(
     num_pairs: int,
     memory_pairs: int,
     top_k: int | None,
+    refined: Iterable[pa.Table] = (),
 ) -> Iterator[pa.Table]:
     """Yields tables of `RESULT_SCHEMA`: by query in the order of `query_ids`, then by rank.
 
@@ -56,17 +57,29 @@ def rank_parts(
         num_pairs: of all parts together.
         memory_pairs: sorted in memory at a time, about.
         top_k: ranks kept a query; None keeps all.
+        refined: as `parts`, better scores of some of their pairs, which take the place of those.
     """
     num_buckets = min(MAX_BUCKETS, max(1, -(-num_pairs // memory_pairs)))
+    sizes = (len(query_ids), num_buckets, max(1, memory_pairs // 4))
+    for pairs, better in zip(by_query(parts, *sizes), by_query(refined, *sizes), strict=True):
+        yield rank_pairs(replace_scores(pairs, better), query_ids, top_k)
+
+
+def by_query(parts: Iterable[pa.Table], num_queries: int, num_buckets: int, piece_pairs: int) -> Iterator[pa.Table]:
+    """One table for each range of queries, in order; more than one go through files on disk.
+
+    Args:
+        piece_pairs: collected before they are spread over the files, so that those get few large pieces.
+    """
     if num_buckets == 1:
-        yield rank_pairs(pa.concat_tables([PART_SCHEMA.empty_table(), *parts]), query_ids, top_k)
+        yield pa.concat_tables([PART_SCHEMA.empty_table(), *parts])
         return
     with TemporaryDirectory(prefix="edje-rank-") as folder:
         writers = [pq.ParquetWriter(Path(folder) / f"{n}.parquet", PART_SCHEMA) for n in range(num_buckets)]
         try:
             with storage_errors(Location.parse(folder)):
-                for part in gathered(parts, max(1, memory_pairs // 4)):
-                    buckets = part.column("query").to_numpy().astype(np.int64) * num_buckets // len(query_ids)
+                for part in gathered(parts, piece_pairs):
+                    buckets = part.column("query").to_numpy().astype(np.int64) * num_buckets // num_queries
                     for bucket in np.unique(buckets).tolist():
                         writers[bucket].write_table(part.filter(pa.array(buckets == bucket)))
         finally:
@@ -74,8 +87,19 @@ def rank_parts(
                 writer.close()
         for number in range(num_buckets):
             path = Path(folder) / f"{number}.parquet"
-            yield rank_pairs(pq.ParquetFile(path).read(), query_ids, top_k)
+            yield pq.ParquetFile(path).read()
             path.unlink()
+
+
+def replace_scores(pairs: pa.Table, better: pa.Table) -> pa.Table:
+    """`pairs` with the rows of `better` in place of those of the same query and image."""
+    if not better.num_rows:
+        return pairs
+    both = pa.concat_tables([better, pairs])
+    images = both.column("image_id").dictionary_encode().combine_chunks()
+    keys = both.column("query").to_numpy().astype(np.int64) * len(images.dictionary) + images.indices.to_numpy()
+    _, first = np.unique(keys, return_index=True)
+    return both.take(pa.array(first))
 
 
 def rank_pairs(pairs: pa.Table, query_ids: pa.Array, top_k: int | None) -> pa.Table:

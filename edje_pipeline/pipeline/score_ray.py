@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from edje_pipeline.pipeline.score_store import ScoreReceipt
+from edje_pipeline.pipeline.score_journal import ScoreReceipt
 from edje_pipeline.pipeline.score_worker import UnitScorer, WorkerSpec
 from edje_pipeline.pipeline.stages import Stage
 from edje_pipeline.pipeline.workers import RECEIPT_SCHEMA, UNIT_SCHEMA

@@ -75,6 +75,10 @@ class ScoreResult:
             f"  seconds   {seconds}",
             f"  workers   {inside}",
         ]
+        if refined := self.manifest.get("refined"):
+            lines.append(
+                f"  refined   the best {refined['top']:,} of each query in float32: {refined['num_pairs']:,} pairs"
+            )
         if plan["num_duplicates"]:
             lines.append(f"  repeated  {plan['num_duplicates']:,} candidates repeat a pair, which counts once")
         if plan["num_empty_queries"]:

@@ -3,32 +3,29 @@
     OUT/manifest.json            written last: what makes the results visible
         results/*.parquet        query_id, image_id, score, rank, first_stage_score
         missing.parquet          candidates that the index does not hold (named by the manifest)
-        staging/<run_id>/        run.json, plan/, plan_info.json, parts/, receipts/ of an unfinished run
+        staging/<run_id>/        run.json and the units of an unfinished run (`score_journal`)
+            refine/              the units of its second pass, when it has one
 
-The same command on an unfinished folder goes on where it stopped; other inputs are refused. Each
-receipt is one small file written after its part is durable.
+The same command on an unfinished folder goes on where it stopped; other inputs are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import json
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edje_pipeline.errors import ConfigError, CorruptionError, IndexStateError, ResumeMismatchError
+from edje_pipeline.pipeline.score_journal import UnitJournal, as_json
 from edje_pipeline.storage.faults import crash_point
 from edje_pipeline.storage.location import Location
 from edje_pipeline.storage.lock import IndexLock
-from edje_pipeline.storage.manifest import is_safe_path, read_json
-from edje_pipeline.storage.parquet_io import hash_file
+from edje_pipeline.storage.manifest import read_json
 
 FORMAT_NAME = "edje-scores"
 FORMAT_VERSION = 1
-MAX_RECEIPT_BYTES = 1 << 20
 CRASH_POINTS = (
     "score.created",
     "score.planned",
@@ -43,36 +40,6 @@ CRASH_POINTS = (
 """Points at which a test may kill a scoring run (see `storage.faults`), in the order of a run."""
 
 
-@dataclass(frozen=True)
-class ScoreReceipt:
-    """One unit is scored and its part is on disk."""
-
-    unit: int
-    path: str
-    """Of the part, relative to the run's folder."""
-    num_pairs: int
-    size_bytes: int
-    sha256: str
-    stats: dict[str, float] = field(default_factory=dict)
-    """images, rows and bytes read, seconds by stage."""
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> ScoreReceipt:
-        """The inverse of `asdict`.
-
-        Raises:
-            CorruptionError: not a receipt, or its part lies outside the run's folder.
-        """
-        try:
-            receipt = cls(**value)
-            int(receipt.unit), int(receipt.num_pairs), {key: float(number) for key, number in receipt.stats.items()}
-        except (TypeError, ValueError, AttributeError) as error:
-            raise CorruptionError(f"not a receipt of a scored unit: {error}") from error
-        if not is_safe_path(receipt.path):
-            raise CorruptionError(f"a receipt names the part {str(receipt.path)[:80]!r}, which would leave its run")
-        return receipt
-
-
 class ScoreStore:
     """The output folder, held by this process; made by `begin`."""
 
@@ -81,11 +48,15 @@ class ScoreStore:
         self.run_id: str = run["run_id"]
         self.fingerprints: dict[str, str] = run["fingerprints"]
         self.run_dir = out.child("staging", self.run_id)
-        self.receipts: dict[int, ScoreReceipt] = {}
         self.published: dict[str, Any] | None = None
         """The manifest, when this run was killed between publishing and tidying up."""
+        self.units = UnitJournal(self.run_dir)
+        """Every pair, once."""
+        self.refined = UnitJournal(self.run_dir.child("refine"))
+        """Each query's best pairs, scored again."""
         if is_resumed:
-            self._load_receipts()
+            self.units.load()
+            self.refined.load()
 
     @classmethod
     @contextlib.contextmanager
@@ -144,64 +115,9 @@ class ScoreStore:
             "config": config,
         }
         store = cls(out, run, is_resumed=False)
-        store.run_dir.child("run.json").write_bytes(_json(run))
+        store.run_dir.child("run.json").write_bytes(as_json(run))
         crash_point("score.created")
         return store
-
-    # -- the plan and the journal ------------------------------------------------------------------
-
-    @property
-    def plan_dir(self) -> Location:
-        return self.run_dir.child("plan")
-
-    @property
-    def plan_info(self) -> dict[str, Any] | None:
-        """What `set_plan_info` stored; None while the plan is incomplete."""
-        try:
-            return read_json(self.run_dir.child("plan_info.json"))
-        except FileNotFoundError:
-            return None
-
-    def set_plan_info(self, info: dict[str, Any]) -> None:
-        self.run_dir.child("plan_info.json").write_bytes(_json(info))
-        crash_point("score.planned")
-
-    def journal(self, receipt: ScoreReceipt) -> bool:
-        """Makes a receipt durable; False when its unit was scored before (a task that was tried twice)."""
-        if receipt.unit in self.receipts:
-            self.run_dir.child(receipt.path).delete_file()
-            return False
-        crash_point("score.journal")
-        self.run_dir.child("receipts", f"{receipt.unit:08d}.json").write_bytes(_json(asdict(receipt)))
-        self.receipts[receipt.unit] = receipt
-        crash_point("score.journalled")
-        return True
-
-    def drop_damaged(self) -> list[int]:
-        """Re-reads every part, forgets the receipts of damaged or missing ones, returns their units."""
-        dropped = []
-        for unit, receipt in list(self.receipts.items()):
-            part = self.run_dir.child(receipt.path)
-            try:
-                found = hash_file(part)
-                intact = (found.size_bytes, found.sha256) == (receipt.size_bytes, receipt.sha256)
-            except (FileNotFoundError, CorruptionError):
-                intact = False
-            if not intact:
-                del self.receipts[unit]
-                dropped.append(unit)
-        return dropped
-
-    def _load_receipts(self) -> None:
-        folder = self.run_dir.child("receipts")
-        for entry in folder.list_files(recursive=False):
-            if not entry.path.removesuffix(".json").isdigit():
-                continue  # the temporary file of a write that was cut off
-            try:
-                receipt = ScoreReceipt.from_dict(read_json(folder.child(entry.path), max_bytes=MAX_RECEIPT_BYTES))
-            except CorruptionError:
-                continue  # costs its unit, which is scored again, never the run
-            self.receipts[receipt.unit] = receipt
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -216,7 +132,7 @@ class ScoreStore:
             **manifest,
         }
         crash_point("score.publish")
-        self.out.child("manifest.json").write_bytes(_json(manifest))
+        self.out.child("manifest.json").write_bytes(as_json(manifest))
         crash_point("score.published")
         self.tidy(manifest)
         return manifest
@@ -290,7 +206,3 @@ def _refuse(out: Location, run: dict[str, Any], fingerprints: dict[str, str]) ->
         f"{', '.join(differing)}. Give the inputs it was started with to finish it, "
         "or pass --overwrite to discard it and start anew"
     )
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from edje_pipeline.pipeline.score_journal import ScoreReceipt
 from edje_pipeline.pipeline.score_plan import read_plan_table, read_texts
 from edje_pipeline.pipeline.score_rank import PART_SCHEMA
-from edje_pipeline.pipeline.score_store import ScoreReceipt
 from edje_pipeline.storage.faults import crash_point
 from edje_pipeline.storage.location import Location
 from edje_pipeline.storage.parquet_io import write_parquet
@@ -40,8 +40,9 @@ class WorkerSpec:
     model: str | None
     precision: str
     device: str
-    run_dir: str
-    num_threads: int
+    run_dir: str = ""
+    """Of the pass; it and the threads are set by the pass."""
+    num_threads: int = 1
     batch_tokens: int | None = None
     compiled: bool = False
     kernels: str = "torch"

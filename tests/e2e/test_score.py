@@ -127,6 +127,8 @@ def test_bad_input_gets_one_line_and_its_exit_code(
 
 
 POINTS = [*CRASH_POINTS, "score.journalled:4", "score.computed:3", "write.middle:5"]
+REFINING = ["score.planned:2", "score.computed:8", "score.journalled:8", "score.results"]
+"""With 120 pairs in units of 20 the eighth unit is the second of the second pass."""
 FORK_SERVER = """
 import json, os, sys
 import torch, pyarrow.parquet
@@ -145,9 +147,10 @@ for point, words in json.load(sys.stdin):
 """
 
 
-def crash_words(index: Index, folder: Path, out: Path) -> list[str]:
+def crash_words(index: Index, folder: Path, out: Path, *, refining: bool = False) -> list[str]:
     words = ["score", "--index", str(index.location), "--queries", str(folder / "queries.parquet")]
     words += ["--candidates", str(folder / "candidates.parquet"), "--out", str(out), "--trec", f"{out}.run"]
+    words += ["--precision", "bfloat16", "--refine-top", "5"] if refining else []
     return [*words, "--unit-pairs", "20", "--num-workers", "0", "--num-threads", "1", "--quiet"]
 
 
@@ -156,13 +159,17 @@ def killed_runs(tmp_path_factory: pytest.TempPathFactory, cli_index: Index) -> d
     """One run a point, each killed there; one process loads the libraries for all of them and forks."""
     folder = tmp_path_factory.mktemp("killed")
     write_inputs(folder, QUERIES, [*pairs_of(cli_index), ("q0", "gone.jpg")])
-    outs = {point: folder / point.replace(":", "-") for point in POINTS}
-    jobs = [(point, crash_words(cli_index, folder, out)) for point, out in outs.items()]
+    names = [*POINTS, *(f"refining/{point}" for point in REFINING)]
+    outs = {name: folder / name.replace(":", "-").replace("/", "-") for name in names}
+    jobs = [
+        (name.removeprefix("refining/"), crash_words(cli_index, folder, out, refining="/" in name))
+        for name, out in outs.items()
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", FORK_SERVER]
     done = subprocess.run(command, input=json.dumps(jobs), env=environment, capture_output=True, text=True, check=True)
     statuses = [int(line) for line in done.stdout.split()]
-    return {point: (status, outs[point]) for point, status in zip(POINTS, statuses, strict=True)}
+    return {name: (status, outs[name]) for name, status in zip(names, statuses, strict=True)}
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -181,6 +188,20 @@ def test_killed_anywhere_the_same_command_gives_the_same_result(
     names = {path.relative_to(out).parts[0] for path in out.rglob("*") if not path.name.startswith(".")}
     assert names == {"manifest.json", "missing.parquet", "results"}
     assert len(list((out / "results").iterdir())) == 1
+
+
+@pytest.mark.parametrize("point", REFINING)
+def test_killed_while_refining_the_same_command_gives_the_same_result(
+    killed_runs: dict[str, tuple[int, Path]], cli_index: Index, tmp_path: Path, point: str
+) -> None:
+    status, out = killed_runs[f"refining/{point}"]
+    assert os.WIFSIGNALED(status)
+    plan = json.loads(next(out.glob("staging/*/refine/plan_info.json")).read_text())
+    assert plan["num_pairs"] == 5 * len(QUERIES)
+    result = call(*crash_words(cli_index, out.parent, out, refining=True), "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert call(*crash_words(cli_index, out.parent, tmp_path / "whole", refining=True)).exit_code == 0
+    assert read_results(out) == read_results(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("command", ["score", "retrieve"])

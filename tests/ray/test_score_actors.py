@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,9 @@ def test_actors_equal_the_plain_path_and_pass_on_errors(tmp_path: Path) -> None:
     with ray_bridge.session(num_cpus=2):
         with pytest.raises(CorruptionError):
             run_score(options("out2", tmp_path / "damaged"))
+        refining = replace(options("out3", tmp_path / "index"), precision="bfloat16", refine_top=1000)
+        run_score(refining)
+        assert_same_ranking(read_results(tmp_path / "out3"), plain_ranking(index, tiny_model(), queries, pairs))
         import ray
 
         # By default ray's workers yield to everybody else.

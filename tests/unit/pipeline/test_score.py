@@ -76,6 +76,59 @@ def test_results_equal_a_plain_padded_batch(
     ]
 
 
+@pytest.mark.parametrize("options", [{}, {"unit_pairs": 3, "memory_pairs": 7}], ids=["in memory", "spill"])
+def test_refining_everything_gives_the_ranking_of_float32(
+    tmp_path: Path, score_index: Index, score_pairs: list[tuple[str, str]], options: dict[str, int]
+) -> None:
+    config = score_config(score_index, tmp_path, score_pairs, precision="bfloat16", refine_top=1000, **options)
+    result = run_score(config)
+    assert_same_ranking(read_results(tmp_path / "out"), plain_ranking(score_index, tiny_model(), QUERIES, score_pairs))
+    assert result.manifest["refined"]["num_pairs"] == len(score_pairs)
+    assert "refined   the best 1,000 of each query in float32" in result.to_text()
+
+
+def test_refining_scores_the_best_of_each_query_in_float32_and_no_other(
+    tmp_path: Path, score_index: Index, score_pairs: list[tuple[str, str]]
+) -> None:
+    found = {}
+    for name, options in {"cheap": {}, "refined": {"refine_top": 2}, "exact": {"precision": "float32"}}.items():
+        config = score_config(score_index, tmp_path, score_pairs, **{"precision": "bfloat16", **options})
+        result = run_score(replace(config, out=str(tmp_path / name)))
+        found[name] = {row[:2]: row[2] for row in read_results(tmp_path / name)}
+        best = {row[:2] for row in read_results(tmp_path / name) if row[3] <= 2}
+        if name == "cheap":
+            chosen = best
+        if name == "refined":
+            assert result.manifest["refined"]["num_pairs"] == len(chosen)
+            by_query: dict[str, list[float]] = {}
+            for row in read_results(tmp_path / name):
+                by_query.setdefault(row[0], []).append(row[2])
+            assert all(scores == sorted(scores, reverse=True) for scores in by_query.values())
+    assert len(chosen) == 2 * len(QUERIES)
+    assert found["cheap"] != found["exact"]
+    assert found["refined"].keys() == found["cheap"].keys()
+    for pair, score in found["refined"].items():
+        expected = found["exact" if pair in chosen else "cheap"][pair]
+        assert abs(score - expected) < 1e-5
+
+
+def test_a_refined_run_with_a_part_scored_again_loses_no_pair(
+    tmp_path: Path, score_index: Index, score_pairs: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best were chosen by a part that is scored again otherwise: another computer, say."""
+    config = score_config(score_index, tmp_path, score_pairs, precision="bfloat16", refine_top=2, unit_pairs=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(score_module, "write_results", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_score(config)
+    next((tmp_path / "out" / "staging").glob("*/parts/00000001-*.parquet")).unlink()
+    plain = UnitScorer.compute
+    monkeypatch.setattr(UnitScorer, "compute", lambda self, loaded: plain(self, loaded)[::-1].copy())
+    run_score(config)
+    found = [row[:2] for row in read_results(tmp_path / "out")]
+    assert sorted(found) == sorted(set(score_pairs))
+
+
 def test_each_row_group_is_read_once(
     tmp_path: Path, score_index: Index, score_pairs: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +350,14 @@ def test_result_as_dict_is_json(tmp_path: Path, score_index: Index, score_pairs:
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": 0}, {"on_missing": "x"}, {"missing_warning": 2.0}, {"num_workers": -1}, {"unit_pairs": 0}],
+    [
+        {"top_k": 0},
+        {"refine_top": -1},
+        {"on_missing": "x"},
+        {"missing_warning": 2.0},
+        {"num_workers": -1},
+        {"unit_pairs": 0},
+    ],
     ids=lambda value: next(iter(value)),
 )
 def test_bad_options(options: dict[str, object]) -> None:

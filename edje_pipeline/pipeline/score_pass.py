@@ -1,0 +1,93 @@
+"""One pass over a plan's units: in this process, or in Ray actors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from edje_pipeline.pipeline.score_journal import ScoreReceipt, UnitJournal
+from edje_pipeline.pipeline.score_plan import PlanInfo
+from edje_pipeline.pipeline.score_worker import UnitScorer, WorkerSpec
+from edje_pipeline.pipeline.stages import available_cpus
+from edje_pipeline.progress import progress
+
+if TYPE_CHECKING:
+    from edje_pipeline.storage.index import Index
+
+RAY_MIN_PAIRS = 200_000
+"""Below this many pairs starting Ray costs more than a second worker saves."""
+CPUS_A_WORKER = 4
+"""Intra-op threads of one CPU worker; more of them scale worse than more workers."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who scores, as the user asked for it."""
+
+    num_workers: int | None = None
+    """Ray actors; 0: this process; None: by the number of pairs, GPUs and cores."""
+    num_threads: int | None = None
+    """Of one CPU worker; None: all cores in process, `CPUS_A_WORKER` in an actor."""
+    ray_address: str | None = None
+    quiet: bool = False
+
+    def choose(self, num_pairs: int, device: str) -> int:
+        """Ray actors to use; 0: this process, which fills one GPU or a few cores by itself."""
+        if self.num_workers is not None:
+            return self.num_workers
+        if device.startswith("cuda"):
+            import torch
+
+            parallel = torch.cuda.device_count()
+        else:
+            parallel = available_cpus() // CPUS_A_WORKER
+        if self.ray_address is not None:
+            return max(1, parallel)
+        return parallel if parallel > 1 and num_pairs >= RAY_MIN_PAIRS else 0
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass did."""
+
+    num_workers: int
+    num_pairs_scored_now: int
+    stats: dict[str, float]
+    """Sums over all units: images and bytes read, seconds inside workers."""
+
+
+def run_pass(
+    journal: UnitJournal, info: PlanInfo, spec: WorkerSpec, index: Index, workers: Workers, *, name: str = "score"
+) -> PassResult:
+    """Scores the units of a plan that have no receipt yet, or whose part is damaged.
+
+    Args:
+        journal: holds the plan; gets the receipts.
+        spec: without the folder and the number of threads, which are set here.
+        index: open on the snapshot to read.
+        name: shown in the progress line.
+    """
+    journal.drop_damaged()
+    todo = [unit for unit in range(info.num_units) if unit not in journal.receipts]
+    num_workers = workers.choose(info.num_pairs, spec.device)
+    threads = workers.num_threads or (CPUS_A_WORKER if num_workers else available_cpus())
+    spec = replace(spec, run_dir=journal.run_dir.uri, num_threads=threads)
+    receipts: Iterable[ScoreReceipt] = ()
+    if todo and num_workers == 0:
+        receipts = UnitScorer(spec, index=index).run(todo)
+    elif todo:
+        from edje_pipeline.pipeline.score_ray import run_actors
+
+        receipts = run_actors(spec, todo, num_workers, workers.ray_address)
+    before = sum(receipt.num_pairs for receipt in journal.receipts.values())
+    with progress(name, info.num_pairs, unit="pairs", quiet=workers.quiet, skipped=before) as report:
+        for receipt in receipts:
+            if journal.journal(receipt):
+                report.update(receipt.num_pairs, missing=info.num_missing)
+    new_pairs = sum(receipt.num_pairs for receipt in journal.receipts.values()) - before
+    total: Counter[str] = Counter()
+    for receipt in journal.receipts.values():
+        total.update(receipt.stats)
+    return PassResult(num_workers, new_pairs, dict(total))
