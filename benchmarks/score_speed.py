@@ -1,7 +1,10 @@
 """Scoring speed, end to end from a committed index, against the paths it replaces. Same weights, same pairs.
 
     python -m benchmarks.score_speed --bert MINILM --captions captions.jsonl --rounds 5
-    python -m benchmarks.score_speed --queries 1000 --per-query 100 --images 10000     the full form
+    python -m benchmarks.score_speed --queries 1000 --per-query 100 --images 10000 --rival-queries 10 \\
+        --rounds 1 --no-warm-up --skip-1kb                                             the full form: an hour
+    python -m benchmarks.score_speed --index drawings.edje --captions captions.jsonl --queries 1000 \\
+        --per-query 100 --rival-queries 20 --rounds 1 --no-warm-up --refined bfloat16 int8     a trained model
 
 (ours)              run_score: index on disk -> ranked results on disk, by precision, with 49 kB and 1 kB an image
 (authors)           one query at a time: mask, full last layer, MLM head over the sequence
@@ -28,109 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from benchmarks.report import table, write_report
-from benchmarks.score_model import Material, make_material
-from benchmarks.score_rivals import CrossEncoderRival, Rivals
+from benchmarks.score_accuracy import compare
+from benchmarks.score_workload import PRECISIONS, REFINE_TOP, Workload, index_workload, random_workload
 from edje_pipeline import reranker
-from edje_pipeline.pipeline.score import ScoreConfig, run_score
-from edje_pipeline.stages.score_pairs import BATCH_TOKENS
-from edje_pipeline.storage.codecs import train_pq
-from tests.index_util import write_index
-
-PRECISIONS = ("float32", "bfloat16", "int8")
-
-
-class Workload:
-    """Indexes and input files on disk, and the sides that score them."""
-
-    def __init__(self, folder: Path, material: Material, per_query: int, threads: int, *, small: bool = True) -> None:
-        """Args: small: make the index of 1 kB an image as well."""
-        self.folder, self.material, self.threads = folder, material, threads
-        model, tokens = material.model, material.tokens
-        self.indexes = {"49 kB": write_index(folder / "49kb", model, num_images=len(tokens), tokens=tokens,
-                                             shard_rows=1024, row_group_rows=128)}  # fmt: skip
-        if small:
-            codec = train_pq(tokens[:64], 16, "opq")
-            self.indexes["1 kB"] = write_index(
-                folder / "1kb", model, num_images=len(tokens), tokens=tokens, codec=codec, shard_rows=8192
-            )
-        rng, ids = np.random.default_rng(1), [f"img-{number:05d}.jpg" for number in range(len(tokens))]
-        self.images = np.concatenate(
-            [rng.choice(len(ids), per_query, replace=False) for _ in range(len(material.queries))]
-        )
-        self.texts = np.repeat(np.arange(len(material.queries)), per_query)
-        names = [f"q{number:05d}" for number in range(len(material.queries))]
-        self.pairs = [(names[t], ids[i]) for t, i in zip(self.texts, self.images, strict=True)]
-        pq.write_table(pa.table({"query_id": names, "text": material.queries}), folder / "q.parquet")
-        columns = {"query_id": [q for q, _ in self.pairs], "image_id": [i for _, i in self.pairs]}
-        pq.write_table(pa.table(columns), folder / "c.parquet")
-        self.lists = model.load_tokenizer().encode(material.queries)
-        self.rivals = Rivals(model.load_joint_encoder(), self.lists, tokens)
-        self.cross_encoder, self.missing = self._cross_encoder()
-        self.scores: dict[str, np.ndarray] = {}
-        self.summaries: dict[str, str] = {}
-
-    def _cross_encoder(self) -> tuple[CrossEncoderRival | None, str]:
-        """The rival, or None and why there is none."""
-        tokenizer = self.material.model.load_tokenizer().to_json()
-        try:
-            return CrossEncoderRival(self.rivals, tokenizer, self.material.queries, self.folder / "cross-encoder"), ""
-        except ImportError as error:
-            missing = f"CrossEncoder left out: {error}; pip install edje-pipeline[bench]"
-            print(missing, flush=True)
-            return None, missing
-
-    def ours(self, size: str, precision: str) -> None:
-        """Scores one index and keeps the scores and the summary."""
-        out = self.folder / "out"
-        result = run_score(
-            ScoreConfig(
-                index=str(self.indexes[size].location),
-                queries=str(self.folder / "q.parquet"),
-                candidates=str(self.folder / "c.parquet"),
-                out=str(out),
-                precision=precision,
-                device="cpu",
-                num_workers=0,
-                num_threads=self.threads,
-                overwrite=True,
-                quiet=True,
-            )
-        )
-        found = pq.read_table(out / "results")
-        keys = zip(found["query_id"].to_pylist(), found["image_id"].to_pylist(), strict=True)
-        scores = dict(zip(keys, found["score"].to_pylist(), strict=True))
-        self.scores[f"ours {precision}, {size}"] = np.array([scores[pair] for pair in self.pairs], np.float32)
-        self.summaries[f"ours {precision}, {size}"] = result.to_text()
-        shutil.rmtree(out)
-
-    def sides(self) -> dict[str, Callable[[], None]]:
-        """Name -> what scores all pairs."""
-
-        def rival(name: str, call: Callable[[], np.ndarray]) -> Callable[[], None]:
-            def run() -> None:
-                self.scores[name] = call()
-
-            return run
-
-        texts, images, rivals = self.texts, self.images, self.rivals
-        sides = {
-            "authors": rival("authors", lambda: rivals.authors(texts, images)),
-            "transformers": rival("transformers", lambda: rivals.padded(texts, images)),
-            "transformers dense": rival("transformers dense", lambda: rivals.dense(texts, images, BATCH_TOKENS["cpu"])),
-            "text only": rival("text only", lambda: rivals.text_only(texts)),
-        }
-        if self.cross_encoder is not None:
-            cross_encoder = self.cross_encoder
-            sides["CrossEncoder"] = rival("CrossEncoder", lambda: cross_encoder.predict(texts))
-        for size in self.indexes:
-            for precision in PRECISIONS:
-                sides[f"ours {precision}, {size}"] = lambda size=size, precision=precision: self.ours(size, precision)  # type: ignore[misc]
-        return sides
 
 
 @contextmanager
@@ -151,10 +57,12 @@ def loading() -> Iterator[list[tuple[float, float]]]:
         reranker.open_scorer = real
 
 
-def alternate(sides: dict[str, Callable[[], None]], num_rounds: int) -> dict[str, list[tuple[float, float]]]:
+def alternate(
+    sides: dict[str, Callable[[], None]], num_rounds: int, *, warm_up: bool = True
+) -> dict[str, list[tuple[float, float]]]:
     """(CPU seconds, wall seconds) of every side and round, after a round that warms up."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for number in range(num_rounds + 1):
+    for number in range(0 if warm_up else 1, num_rounds + 1):
         for name in list(sides) if number % 2 else list(reversed(sides)):
             cpu, wall = time.process_time(), time.perf_counter()
             with loading() as loads:
@@ -167,9 +75,10 @@ def alternate(sides: dict[str, Callable[[], None]], num_rounds: int) -> dict[str
     return taken
 
 
-def ratio(taken: dict[str, list[tuple[float, float]]], base: str, side: str, column: int = 0) -> float:
-    """Median over the rounds of base / side: how many times faster the side is."""
-    return statistics.median(b[column] / s[column] for b, s in zip(taken[base], taken[side], strict=True))
+def ratio(work: Workload, taken: dict[str, list[tuple[float, float]]], base: str, side: str, column: int = 0) -> float:
+    """Median over the rounds of a side's pairs a second over the base's."""
+    scale = work.num_pairs[side] / work.num_pairs[base]
+    return scale * statistics.median(b[column] / s[column] for b, s in zip(taken[base], taken[side], strict=True))
 
 
 def agreement(found: np.ndarray, expected: np.ndarray, texts: np.ndarray) -> tuple[float, float, float]:
@@ -189,60 +98,87 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bert", type=Path, help="Hugging Face BERT directory, such as all-MiniLM-L6-v2")
-    parser.add_argument("--captions", type=Path, help="JSONL with `captions`, at least four each")
+    parser.add_argument("--captions", type=Path, help="JSONL with `captions`: at least four each, or two with --index")
+    parser.add_argument("--index", help="a real one, with a text tower: queries are captions, candidates retrieved")
+    parser.add_argument("--rival-queries", type=int, help="the rivals score so many queries only; rates are compared")
+    parser.add_argument("--refined", nargs="*", default=[], choices=PRECISIONS[1:], metavar="PRECISION",
+                        help=f"precisions to run with --refine-top {REFINE_TOP} as well")  # fmt: skip
+    parser.add_argument("--only", nargs="*", help="sides whose name contains one of these; authors always")
+    parser.add_argument("--skip-1kb", action="store_true")
+    parser.add_argument("--no-warm-up", action="store_true", help="for sides that take minutes")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.index and options.captions is None:
+        parser.error("--index needs --captions")
     torch.set_num_threads(options.threads)
     folder = Path(tempfile.mkdtemp(prefix="edje-speed-"))
     try:
-        material = make_material(
-            folder,
-            num_images=options.images,
-            num_queries=options.queries,
-            num_layers=options.layers,
-            bert=options.bert,
-            captions=options.captions,
-        )
-        work = Workload(folder, material, options.per_query, options.threads)
-        taken = alternate(work.sides(), options.rounds)
+        work = index_workload(folder, options) if options.index else random_workload(folder, options)
+        sides = work.sides(options.refined)
+        if options.only:
+            wanted = ("authors", *options.only)
+            sides = {name: call for name, call in sides.items() if any(part in name for part in wanted)}
+        taken = alternate(sides, options.rounds, warm_up=not options.no_warm_up)
     finally:
         shutil.rmtree(folder)
     report(work, taken, options)
 
 
-def report(work: Workload, taken: dict[str, list[tuple[float, float]]], options: argparse.Namespace) -> None:
+def accuracy(work: Workload) -> list[str]:
+    """What each precision does to the ranking, against float32 of the same index, over all queries."""
     rows = []
+    for size in work.indexes:
+        expected = work.scores.get(f"ours float32, {size}")
+        for name, found in work.scores.items():
+            if expected is None or not name.endswith(f", {size}") or "float32" in name:
+                continue
+            value = compare(found, expected, work.texts)
+            rows.append([name, f"{value['rms']:.4f}", f"{value['spearman_mean']:.4f}", f"{value['spearman_min']:.4f}",
+                         f"{value['spearman_99']:.1%}", f"{value['same_first']:.2%}"])  # fmt: skip
+    if not rows:
+        return []
+    header = ["against float32, all queries", "rms difference / standard deviation", "Spearman of a query, mean",
+              "least", "queries of 0.99 or more", "same first"]  # fmt: skip
+    return ["", *table(header, rows)]
+
+
+def report(work: Workload, taken: dict[str, list[tuple[float, float]]], options: argparse.Namespace) -> None:
+    """The table of speed, the table of accuracy, and the summaries of the runs."""
+    rows, sampled = [], work.sampled
     for name, rounds in taken.items():
         cells = ["", "", ""]
         if name not in ("text only", "CrossEncoder"):
-            difference, spearman, first = agreement(work.scores[name], work.scores["authors"], work.texts)
+            found = work.scores[name] if len(work.scores[name]) == len(sampled) else work.scores[name][sampled]
+            difference, spearman, first = agreement(found, work.scores["authors"], work.texts[sampled])
             cells = [f"{difference:.1e}", f"{spearman:.4f}", f"{first:.0%}"]
-        rate = len(work.pairs) / statistics.median(cpu for cpu, _ in rounds)
-        ratios = [
-            ratio(taken, "authors", name),
-            ratio(taken, "authors", name, 1),
-            ratio(taken, "transformers dense", name),
-        ]
-        rows.append([name, f"{rate:.1f}", *(f"{value:.2f}" for value in ratios), *cells])
+        rate = work.num_pairs[name] / statistics.median(cpu for cpu, _ in rounds)
+        dense = "transformers dense"
+        ratios = [ratio(work, taken, "authors", name), ratio(work, taken, "authors", name, 1)]
+        compared = [f"{value:.2f}" for value in ratios]
+        compared.append(f"{ratio(work, taken, dense, name):.2f}" if dense in taken else "")
+        rows.append([name, f"{rate:.1f}", *compared, *cells])
     header = [
         "path", "pairs a CPU second", "x authors (CPU)", "x authors (wall)", "x transformers dense (CPU)",
         "max abs difference", "least Spearman of a query", "same first",
     ]  # fmt: skip
     lengths = list(map(len, work.lists))
     about = (
-        f"{options.queries} queries x {options.per_query} candidates of {options.images} images, texts of "
+        f"{len(work.lists)} queries x {options.per_query} candidates of {len(work.material.tokens)} images, texts of "
         f"{min(lengths)} to {max(lengths)} tokens, 64 image tokens; {work.material.described}. "
         f"{options.threads} thread(s). Medians over {options.rounds} alternating rounds; loading the model left out. "
         "The machine was shared: only ratios count. Differences are against `authors`, a query's candidates a list; "
         "at 1 kB they include what the codec loses."
     )
+    if len(sampled) < len(work.pairs):
+        about += f" The others scored {len(sampled):,} of the {len(work.pairs):,} pairs: rates are compared."
     said = []
-    for name in ("ours float32, 49 kB", "ours int8, 49 kB"):
-        said += [f"    {line}" for line in (f"[{name}]", *work.summaries[name].splitlines()[:5])]
+    for name in [name for name in work.summaries if "1 kB" not in name and "bfloat16" not in name]:
+        said += [f"    {line}" for line in (f"[{name}]", *work.summaries[name].splitlines()[:6])]
     lines = [
         about,
         "",
         *table(header, rows),
+        *accuracy(work),
         *(["", work.missing] if work.missing else []),
         "",
         "What the last runs said of themselves:",

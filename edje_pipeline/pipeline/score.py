@@ -32,7 +32,7 @@ from edje_pipeline.storage.index import Index
 from edje_pipeline.storage.location import Location
 from edje_pipeline.storage.parquet_io import hash_file
 
-JOIN_CHUNK_PAIRS = 1_000_000
+JOIN_CHUNK_PAIRS = 500_000
 """Candidates looked up in the index at a time."""
 UNIT_PAIRS = {"cpu": 8192, "cuda": 65_536}
 
@@ -78,7 +78,7 @@ class ScoreConfig:
     """Of one CPU worker; None: all cores in process, `CPUS_A_WORKER` in an actor."""
     unit_pairs: int | None = None
     """Pairs committed at a time, about; None: by device."""
-    memory_pairs: int = 2_000_000
+    memory_pairs: int = 1_000_000
     """Pairs joined and sorted in memory at a time; more go through disk."""
     overwrite: bool = False
     """Replace finished results, and discard an unfinished run of other inputs."""

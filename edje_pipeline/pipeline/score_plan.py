@@ -66,7 +66,7 @@ class PlanLimits:
     """Pairs of a unit, about: it ends with a whole row group."""
     unit_bytes: int = 256 << 20
     """Payload bytes of a unit's images, about."""
-    memory_pairs: int = 2_000_000
+    memory_pairs: int = 1_000_000
     """Pairs sorted in memory at a time; some 100 bytes each."""
 
 
