@@ -18,6 +18,7 @@ import pyarrow as pa
 import edje_pipeline
 from edje_pipeline.errors import ConfigError, InputFileError
 from edje_pipeline.models.spec import fingerprint_of
+from edje_pipeline.pipeline.metrics import peak_rss_bytes
 from edje_pipeline.pipeline.score_journal import UnitJournal
 from edje_pipeline.pipeline.score_output import write_results
 from edje_pipeline.pipeline.score_pass import Workers, run_pass
@@ -196,6 +197,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
                 "precision": precision,
                 "refined": refined,
                 "stats": done.stats,
+                "driver_peak_bytes": peak_rss_bytes(),
                 "timings": clock.seconds,
                 **written,
             }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from edje_pipeline.pipeline.score_journal import ScoreReceipt, UnitJournal
 from edje_pipeline.pipeline.score_plan import PlanInfo
-from edje_pipeline.pipeline.score_worker import UnitScorer, WorkerSpec
+from edje_pipeline.pipeline.score_worker import PEAK_BYTES, UnitScorer, WorkerSpec
 from edje_pipeline.pipeline.stages import available_cpus
 from edje_pipeline.progress import progress
 
@@ -55,7 +55,7 @@ class PassResult:
     num_workers: int
     num_pairs_scored_now: int
     stats: dict[str, float]
-    """Sums over all units: images and bytes read, seconds inside workers."""
+    """Sums over all units: images and bytes read, seconds inside workers; and the largest peak of a worker's memory."""
 
 
 def run_pass(
@@ -90,4 +90,5 @@ def run_pass(
     total: Counter[str] = Counter()
     for receipt in journal.receipts.values():
         total.update(receipt.stats)
-    return PassResult(num_workers, new_pairs, dict(total))
+    peaks = [receipt.stats.get(PEAK_BYTES, 0.0) for receipt in journal.receipts.values()]
+    return PassResult(num_workers, new_pairs, {**total, PEAK_BYTES: max(peaks, default=0.0)})

@@ -62,6 +62,13 @@ class ScoreResult:
             **self.manifest,
         }
 
+    def _memory(self) -> str:
+        """Peaks; a worker in this process is the driver."""
+        peaks = [("driver", self.manifest.get("driver_peak_bytes", 0))]
+        if self.manifest["num_workers"]:
+            peaks.append((f"largest of {self.manifest['num_workers']} workers", self.manifest["stats"].get("peak_bytes", 0)))
+        return "peak " + ", ".join(f"{name} {format_bytes(size)}" for name, size in peaks)
+
     def to_text(self) -> str:
         plan, stats, timings = self.manifest["plan"], self.manifest["stats"], self.manifest["timings"]
         seconds = ", ".join(f"{name[:-2]} {value:.1f}" for name, value in timings.items())
@@ -74,6 +81,7 @@ class ScoreResult:
             f"  read      {num_read:,.0f} stored images, {bytes_read}",
             f"  seconds   {seconds}",
             f"  workers   {inside}",
+            f"  memory    {self._memory()}",
         ]
         if refined := self.manifest.get("refined"):
             lines.append(

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from edje_pipeline.pipeline.metrics import peak_rss_bytes
 from edje_pipeline.pipeline.score_journal import ScoreReceipt
 from edje_pipeline.pipeline.score_plan import read_plan_table, read_texts
 from edje_pipeline.pipeline.score_rank import PART_SCHEMA
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from edje_pipeline.storage.index import Index
 
 READ_AHEAD = 2
+PEAK_BYTES = "peak_bytes"
+"""Of a receipt's stats: the worker's peak memory so far. Of several the largest counts, not the sum."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ class UnitScorer:
             dictionary_columns=("image_id",),
         )
         loaded.stats["write_s"] = time.perf_counter() - started
+        loaded.stats[PEAK_BYTES] = float(peak_rss_bytes())
         return ScoreReceipt(loaded.unit, name, len(logits), written.size_bytes, written.sha256, loaded.stats)
 
     def _pairs(self, unit: int) -> pa.Table:

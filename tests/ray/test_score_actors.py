@@ -46,6 +46,7 @@ def test_actors_equal_the_plain_path_and_pass_on_errors(tmp_path: Path) -> None:
     assert_same_ranking(read_results(tmp_path / "out"), plain_ranking(index, tiny_model(), queries, pairs))
     assert result.manifest["num_workers"] == 2
     assert result.manifest["plan"]["num_units"] > 3
+    assert "largest of 2 workers" in result.to_text()
 
     write_index(tmp_path / "damaged", tiny_model(), num_images=80, tokens=random_tokens(80, 4, 32, seed=3))
     shard = max((tmp_path / "damaged" / "shards").iterdir())

@@ -345,6 +345,8 @@ def test_result_as_dict_is_json(tmp_path: Path, score_index: Index, score_pairs:
     value = json.loads(json.dumps(result.to_dict()))
     assert value["num_results"] == len(score_pairs)
     assert value["pairs_per_s"] > 0
+    assert value["driver_peak_bytes"] >= value["stats"]["peak_bytes"] > 1 << 20
+    assert "memory    peak driver " in result.to_text()
     assert max(len(line) for line in result.to_text().splitlines() if str(tmp_path) not in line) <= 80
 
 
