@@ -16,8 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,20 @@ from edje_pipeline.models.joint_encoder import JointEncoder
 from edje_pipeline.pipeline.score import ScoreConfig, run_score
 from edje_pipeline.stages.score_pairs import BATCH_TOKENS, PairScorer, TextTokens
 from edje_pipeline.storage.codecs import resolve, train_pq
+from edje_pipeline.storage.index import Index
 from tests.index_util import write_index
 
 TARGET = 100_000
 TEXT_LENGTH = 14
+SECTIONS = {
+    "score": ("", ["index", "texts", "precision", "form", "tokens a batch", "score pairs/s", "all pairs/s",
+                   "read s", "wait s", "score s", "write s"]),
+    "agreement": ("Difference of logits from float32 on the same GPU:",
+                  ["form", "largest, in standard deviations", "Spearman, all pairs", "same first image"]),
+    "bare": (f"The bare encoder, texts of {TEXT_LENGTH} tokens:", ["form", "tokens a batch", "pairs/s"]),
+}  # fmt: skip
+Row = tuple[str, list[str]]
+"""A section and a row of it."""
 WORDS = {"captions": (5, 11), "sentences": (5, 30)}
 """Words of a query: as few as captions have, and up to thirty."""
 
@@ -52,12 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave out what costs a minute of compiling")
     parser.add_argument("--no-small", action="store_true", help="leave out the 1 kB index")
     parser.add_argument("--no-bare", action="store_true", help="leave out the bare encoder")
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="no further row is begun after so long")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is visible; --device cpu --tiny shows that the program works")
         return 1
-    num_images, num_queries, per_query, layers = (24, 4, 6, 2) if options.tiny else (8192, 1500, 500, 12)
+    began = time.perf_counter()
+    num_images, num_queries, per_query, layers = (24, 4, 6, 2) if options.tiny else (8192, 1000, 500, 12)
     num_queries = options.num_queries or num_queries
     with tempfile.TemporaryDirectory(prefix="edje-gpu-") as name:
         folder = Path(name)
@@ -66,48 +78,58 @@ def main(arguments: list[str] | None = None) -> int:
             kind: write_pairs(folder / kind, words, num_images, num_queries, per_query, material)
             for kind, words in WORDS.items()
         }
-        agreed = [] if options.device == "cpu" else agreement(material, compiled=not options.no_compile)
-        rows = end_to_end(folder, material, options)
-        bare = [] if options.no_bare else bare_encoder(material.model.load_joint_encoder(), options)
-    judged = [row for row in rows if (row[0], row[3]) == ("49 kB", "as it is")]
-    best = max(float(row[5].split()[0].replace(",", "")) for row in judged)
-    verdict = "reached" if best >= TARGET else "missed"
-    about = (
-        f"{num_queries:,} queries x {per_query} candidates of {num_images:,} images, {material.described}; "
-        f"{' and '.join(f'{kind} have {length:.1f} tokens on average' for kind, length in lengths.items())}, "
-        f"images {material.tokens.shape[1]}. "
-        "Pairs/s of `score` are of reading, scoring and writing; of `all` also of joining and regrouping. "
-        f"Median (lowest to highest) of {options.rounds} runs after one small one."
-    )
-    header = [
-        "index",
-        "texts",
-        "precision",
-        "form",
-        "tokens a batch",
-        "score pairs/s",
-        "all pairs/s",
-        "read s",
-        "wait s",
-        "score s",
-        "write s",
-    ]
-    lines = [
-        about,
-        "",
-        *table(header, rows),
-        "",
-        f"Target of 100,000 pairs/s at 49 kB: {'not judged at toy sizes' if options.tiny else verdict}.",
-        "",
-        *(["Difference of logits from float32 on the same GPU:", "",
-           *table(["form", "largest, in standard deviations", "Spearman, all pairs", "same first image"], agreed), ""]
-          if agreed else []),
-        *([f"The bare encoder, texts of {TEXT_LENGTH} tokens:", "",
-           *table(["form", "tokens a batch", "pairs/s"], bare)] if bare else []),
-    ]  # fmt: skip
-    write_report("gpu_plan_score", "GPU plan: scoring", lines, device=options.device, out=options.out,
-                 module="gpu_plan_score", packages=("torch", "pyarrow", "numpy"))  # fmt: skip
+        found = Found(options, describe(material, lengths, num_queries, per_query, options.rounds))
+        steps = itertools.chain(
+            end_to_end(folder, material, options),
+            () if options.device == "cpu" else agreement(material, compiled=not options.no_compile),
+            () if options.no_bare else bare_encoder(material.model.load_joint_encoder(), options),
+        )
+        for section, row in steps:
+            print(row, flush=True)
+            found.rows[section].append(row)
+            found.save(complete=False)
+            if time.perf_counter() - began > options.limit_s:
+                print(f"the limit of {options.limit_s:.0f} s is reached: the rest is left out")
+                return 0
+        found.save(complete=True)
     return 0
+
+
+def describe(material: Material, lengths: dict[str, float], num_queries: int, per_query: int, num_rounds: int) -> str:
+    """The sentence above the table."""
+    texts = " and ".join(f"{kind} have {length:.1f} tokens on average" for kind, length in lengths.items())
+    return (
+        f"{num_queries:,} queries x {per_query} candidates of {len(material.tokens):,} images, {material.described}; "
+        f"{texts}, images {material.tokens.shape[1]}. "
+        "Pairs/s of `score` are of reading, scoring and writing; of `all` also of joining and regrouping. "
+        f"Median (lowest to highest) of {num_rounds} runs after one small one."
+    )
+
+
+@dataclass
+class Found:
+    """The rows of each section so far."""
+
+    options: argparse.Namespace
+    about: str
+    rows: dict[str, list[list[str]]] = field(default_factory=lambda: {name: [] for name in SECTIONS})
+
+    def save(self, *, complete: bool) -> None:
+        """Writes the result file, whole or not."""
+        judged = [row for row in self.rows["score"] if (row[0], row[3]) == ("49 kB", "as it is")]
+        verdict = "not measured"
+        if judged:
+            best = max(float(row[5].split()[0].replace(",", "")) for row in judged)
+            verdict = "reached" if best >= TARGET else "missed"
+        if self.options.tiny:
+            verdict = "not judged at toy sizes"
+        lines = [self.about, "", f"Target of {TARGET:,} pairs/s at 49 kB: {verdict}."]
+        for name, (title, header) in SECTIONS.items():
+            if self.rows[name]:
+                lines += ["", *([title, ""] if title else []), *table(header, self.rows[name])]
+        title = "GPU plan: scoring" + ("" if complete else ", cut off")
+        write_report("gpu_plan_score", title, lines, device=self.options.device, out=self.options.out,
+                     module="gpu_plan_score", packages=("torch", "pyarrow", "numpy"), show=complete)  # fmt: skip
 
 
 def write_pairs(
@@ -133,51 +155,54 @@ def write_pairs(
     return float(np.mean([len(tokens) for tokens in material.model.load_tokenizer().encode(texts)]))
 
 
-def end_to_end(folder: Path, material: Material, options: argparse.Namespace) -> list[list[str]]:
-    """One row an index, precision and form; each is run once before, so that kernels are compiled and files cached."""
-    model, tokens = material.model, material.tokens
+def end_to_end(folder: Path, material: Material, options: argparse.Namespace) -> Iterator[Row]:
+    """One row an index, precision and form; each is run once before, so that kernels are compiled and files cached.
+
+    What the target is about comes first, what takes a minute to compile last.
+    """
     on_gpu = options.device == "cuda"
-    forms: dict[str, dict[str, Any]] = {"49 kB": {"shard_rows": 4096, "row_group_rows": 128}}
-    if not options.no_small:
-        codec = train_pq(tokens[:64], 16, "opq")
-        forms["1 kB"] = {"shard_rows": 8192, "row_group_rows": 4096, "codec": codec}
-    indexes = {
-        name: write_index(folder / name, model, num_images=len(tokens), tokens=tokens, **form)
-        for name, form in forms.items()
-    }
-    precisions = ("bfloat16",) if options.device == "cuda" else ("float32", "int8")
-    batches = options.batch_tokens or [BATCH_TOKENS[options.device]]
-    named = ["as it is"]
-    if on_gpu:
-        named += ["own kernels"] + ([] if options.no_compile else ["compiled"])
-    runs_wanted = itertools.product(indexes.items(), WORDS, precisions, named, batches)
-    rows = []
-    for (size, index), texts, precision, form, batch_tokens in runs_wanted:
-        if form == "own kernels" and (texts, size) != ("captions", "49 kB"):
-            continue
-        BATCH_TOKENS[options.device] = batch_tokens
-        config = ScoreConfig(
-            index=str(index.location),
-            queries=str(folder / texts / "q.parquet"),
-            candidates=str(folder / texts / "few.parquet"),
-            out=str(folder / "out"),
-            precision=precision,
-            compile=form == "compiled",
-            kernels="own" if form == "own kernels" else "torch",
-            device=options.device,
-            num_workers=0,
-            overwrite=True,
-            quiet=True,
-        )
-        one_run(config)
-        config = replace(config, candidates=str(folder / texts / "c.parquet"))
-        runs = [one_run(config) for _ in range(options.rounds)]
-        shown = [spread([run[name] for run in runs], 0) for name in ("rate", "overall")]
-        shown += [f"{statistics.median(run[f'{name}_s'] for run in runs):.2f}" for name in
-                  ("read", "wait", "score", "write")]  # fmt: skip
-        rows.append([size, texts, precision, form, f"{batch_tokens:,}", *shown])
-        print(rows[-1], flush=True)
-    return rows
+    forms = ["as it is", *(["own kernels"] if on_gpu else [])]
+    forms += ["compiled"] if on_gpu and not options.no_compile else []
+    sizes = ["49 kB"] if options.no_small else ["49 kB", "1 kB"]
+    wanted = [row for row in itertools.product(forms, sizes, WORDS)
+              if row[0] != "own kernels" or row[1:] == ("49 kB", "captions")]  # fmt: skip
+    indexes: dict[str, Index] = {}
+    for form, size, texts in wanted:
+        if size not in indexes:
+            indexes[size] = make_index(folder, material, size)
+        for precision, batch_tokens in itertools.product(
+            ("bfloat16",) if on_gpu else ("float32", "int8"), options.batch_tokens or [BATCH_TOKENS[options.device]]
+        ):
+            BATCH_TOKENS[options.device] = batch_tokens
+            config = ScoreConfig(
+                index=str(indexes[size].location),
+                queries=str(folder / texts / "q.parquet"),
+                candidates=str(folder / texts / "few.parquet"),
+                out=str(folder / "out"),
+                precision=precision,
+                compile=form == "compiled",
+                kernels="own" if form == "own kernels" else "torch",
+                device=options.device,
+                num_workers=0,
+                overwrite=True,
+                quiet=True,
+            )
+            one_run(config)
+            config = replace(config, candidates=str(folder / texts / "c.parquet"))
+            runs = [one_run(config) for _ in range(options.rounds)]
+            shown = [spread([run[name] for run in runs], 0) for name in ("rate", "overall")]
+            shown += [f"{statistics.median(run[f'{name}_s'] for run in runs):.2f}" for name in
+                      ("read", "wait", "score", "write")]  # fmt: skip
+            yield "score", [size, texts, precision, form, f"{batch_tokens:,}", *shown]
+
+
+def make_index(folder: Path, material: Material, size: str) -> Index:
+    """An index of `49 kB` or `1 kB` an image."""
+    form: dict[str, Any] = {"shard_rows": 4096, "row_group_rows": 128}
+    if size == "1 kB":
+        form = {"shard_rows": 8192, "row_group_rows": 4096, "codec": train_pq(material.tokens[:64], 16, "opq")}
+    tokens = material.tokens
+    return write_index(folder / size, material.model, num_images=len(tokens), tokens=tokens, **form)
 
 
 def one_run(config: ScoreConfig) -> dict[str, float]:
@@ -191,7 +216,7 @@ def one_run(config: ScoreConfig) -> dict[str, float]:
     return found
 
 
-def agreement(material: Material, *, compiled: bool, num_queries: int = 40, per_query: int = 400) -> list[list[str]]:
+def agreement(material: Material, *, compiled: bool, num_queries: int = 40, per_query: int = 400) -> Iterator[Row]:
     """How far the forms for a GPU are from float32: the same random pairs through each."""
     rng = np.random.default_rng(1)
     lists = [[2, *rng.integers(5, 1000, length).tolist(), 3] for length in rng.integers(6, 24, num_queries)]
@@ -211,7 +236,7 @@ def agreement(material: Material, *, compiled: bool, num_queries: int = 40, per_
     }
     if compiled:
         forms["bfloat16, compiled, graphs"] = {"compiled": True, "batch_tokens": 8192}
-    want, rows = np.empty(0), []
+    want = np.empty(0)
     for name, form in forms.items():
         scorer = PairScorer(material.model.load_joint_encoder(), codec, device="cuda", **form)
         scorer.score(payloads, images, texts, owners)
@@ -219,14 +244,11 @@ def agreement(material: Material, *, compiled: bool, num_queries: int = 40, per_
         want = found if name == "float32" else want
         first = (found.reshape(num_queries, -1).argmax(1) == want.reshape(num_queries, -1).argmax(1)).mean()
         ranks = [np.argsort(np.argsort(values)) for values in (found, want)]
-        rows.append([name, f"{np.abs(found - want).max() / want.std():.2g}",
-                     f"{np.corrcoef(*ranks)[0, 1]:.5f}", f"{first:.0%}"])  # fmt: skip
-        print(rows[-1], flush=True)
-    return rows
+        yield "agreement", [name, f"{np.abs(found - want).max() / want.std():.2g}",
+                            f"{np.corrcoef(*ranks)[0, 1]:.5f}", f"{first:.0%}"]  # fmt: skip
 
 
-@torch.inference_mode()
-def bare_encoder(encoder: JointEncoder, options: argparse.Namespace) -> list[list[str]]:
+def bare_encoder(encoder: JointEncoder, options: argparse.Namespace) -> Iterator[Row]:
     """Forward passes on tensors that are on the device."""
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
@@ -237,19 +259,18 @@ def bare_encoder(encoder: JointEncoder, options: argparse.Namespace) -> list[lis
         forms["own kernels"] = gpu_encoder(encoder).forward_dense
         if not options.no_compile:
             forms["compiled"] = torch.compile(encoder.forward_dense, dynamic=True)
-    rows = []
     for batch_tokens in (8192, 16_384, 32_768, 65_536, 131_072, 524_288) if on_gpu else (512,):
         num_pairs = batch_tokens // (num_tokens + TEXT_LENGTH + 1)
-        ids = torch.randint(1000, 20_000, (num_pairs, TEXT_LENGTH), device=device)
-        images = torch.randn(num_pairs, num_tokens, width, device=device, dtype=encoder.dtype)
         for name, form in forms.items():
-            sides = {name: partial(form, ids, images)}
-            if on_gpu:
-                sides[f"{name}, graph"] = recorded(sides[name])
-            for side, work in sides.items():
-                rows.append([side, f"{batch_tokens:,}", f"{num_pairs / per_call(work, on_gpu):,.0f}"])
-                print(rows[-1], flush=True)
-    return rows
+            with torch.inference_mode():
+                ids = torch.randint(1000, 20_000, (num_pairs, TEXT_LENGTH), device=device)
+                images = torch.randn(num_pairs, num_tokens, width, device=device, dtype=encoder.dtype)
+                sides = {name: partial(form, ids, images)}
+                if on_gpu:
+                    sides[f"{name}, graph"] = recorded(sides[name])
+                rates = {side: num_pairs / per_call(work, on_gpu) for side, work in sides.items()}
+            for side, rate in rates.items():
+                yield "bare", [side, f"{batch_tokens:,}", f"{rate:,.0f}"]
 
 
 def recorded(work: Callable[[], Any]) -> Callable[[], Any]:

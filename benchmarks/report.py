@@ -70,8 +70,9 @@ def write_report(
     out: Path | None = None,
     module: str | None = None,
     packages: Sequence[str] = PACKAGES,
+    show: bool = True,
 ) -> Path:
-    """Writes `results/<theme>_<hardware>_<date>.md` (or `out`), prints it, returns its path."""
+    """Writes `results/<theme>_<hardware>_<date>.md` (or `out`), prints it unless told not to, returns its path."""
     today = datetime.now(tz=UTC).date().isoformat()
     path = out or RESULTS / f"{theme}_{hardware(device)}_{today}.md"
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
@@ -86,6 +87,7 @@ def write_report(
     text = "\n".join([*head, *lines]) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    print(text, flush=True)
+    if show:
+        print(text, flush=True)
     print(f"written to {path}", flush=True)
     return path

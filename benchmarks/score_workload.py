@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from benchmarks.score_model import Material, make_material
 from benchmarks.score_rivals import CrossEncoderRival, Rivals
@@ -104,6 +105,7 @@ class Workload:
 
         def rival(name: str, call: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[], None]:
             def run() -> None:
+                torch.set_num_threads(self.threads)
                 self.scores[name] = call(self.texts[self.sampled], self.images[self.sampled])
 
             self.num_pairs[name] = len(self.sampled)

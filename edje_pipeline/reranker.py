@@ -124,7 +124,7 @@ def open_scorer(
     compiled: bool = False,
     kernels: str = "torch",
 ) -> OpenScorer:
-    """Loads the joint encoder that goes with an index; `compiled`: by `torch.compile`; `kernels`: `torch` or `own`.
+    """Loads the joint encoder that goes with an index; see `PairScorer` for the options.
 
     Raises:
         ModelNotFoundError, ShapeMismatchError, IndexStateError: see `open_fitting_model`.

@@ -72,16 +72,20 @@ class Backbone(nn.Module):
         """Of the trunk's weights: what it computes in."""
         return next(self.trunk.parameters()).dtype
 
+    def place_constants(self, device: torch.device) -> None:
+        """Puts mean and std on a device. To be called before compiling: a trace that fills the cache is made twice."""
+        if device in self._mean_std:
+            return
+        mean, std = self.preprocess.mean, self.preprocess.std
+        self._mean_std[device] = (
+            torch.tensor(mean, dtype=torch.float32, device=device).view(1, 3, 1, 1),
+            torch.tensor(std, dtype=torch.float32, device=device).view(1, 3, 1, 1),
+        )
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) -> float32 (B, 3, H, W): (x / 255 - mean) / std, in torchvision's order of operations."""
-        constants = self._mean_std.get(pixels.device)
-        if constants is None:
-            mean, std = self.preprocess.mean, self.preprocess.std
-            constants = (
-                torch.tensor(mean, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1),
-                torch.tensor(std, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1),
-            )
-            self._mean_std[pixels.device] = constants
+        self.place_constants(pixels.device)
+        constants = self._mean_std[pixels.device]
         values = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         return values.sub_(constants[0]).div_(constants[1])
 

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import warnings
@@ -25,9 +26,15 @@ from edje_pipeline.errors import DeviceError, EdjeError, WorkerError
 from edje_pipeline.pipeline.job import Job
 from edje_pipeline.pipeline.stages import Machine, Stage, available_cpus
 from edje_pipeline.pipeline.workers import UNIT_SCHEMA, Worker
+from edje_pipeline.progress import format_bytes
+
+logger = logging.getLogger(__name__)
 
 MAX_BLOCKS = 8192
 """Blocks of the outer dataset: each is one task and a few hundred bytes on the driver."""
+SHARED_MEMORY = "/dev/shm"  # noqa: S108  # where ray keeps objects, on Linux
+SMALL_STORE_BYTES = 512 << 20
+"""Shared memory below which decoding and encoding hold each other up."""
 TASK_RETRIES = 4
 ACTOR_RESTARTS = 20
 NO_PROGRESS_S = 6 * 3600.0
@@ -140,6 +147,7 @@ def _start(
             options["num_gpus"] = num_gpus
         if object_store_bytes:
             options["object_store_memory"] = object_store_bytes
+        warn_of_small_shared_memory(object_store_bytes or SMALL_STORE_BYTES)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -152,6 +160,20 @@ def _start(
             else "small corpora do without it: --executor local"
         )
         raise WorkerError(f"cannot {where}: {error}; {hint}") from error
+
+
+def warn_of_small_shared_memory(wanted_bytes: int) -> None:
+    """Says so where ray, whose own warning goes to its log, would keep its objects on the disk."""
+    with contextlib.suppress(OSError):  # no such folder: not Linux
+        free_bytes = shutil.disk_usage(SHARED_MEMORY).free
+        if free_bytes < wanted_bytes:
+            logger.warning(
+                "%s has %s free, ray wants %s: it will keep pixels on the disk, or hold few of them; "
+                "enlarge it (docker run --shm-size=4g), or use --executor local",
+                SHARED_MEMORY,
+                format_bytes(free_bytes),
+                format_bytes(wanted_bytes),
+            )
 
 
 def _quieten(ray: Any) -> None:
@@ -263,7 +285,8 @@ def _add(ray: Any, dataset: Any, stage: Stage, job: Job, *, batch_rows: int | No
         # The next batch is put together while this one computes; the model itself runs one at a time.
         max_concurrent_calls_per_actor=2,
     )
-    resources = {"num_gpus": stage.num_gpus} if stage.num_gpus else {"num_cpus": stage.num_cpus}
+    # Ray would add a CPU to a GPU's actor: with as many GPUs as CPUs nothing would be left to decode.
+    resources = {"num_gpus": stage.num_gpus, "num_cpus": 0} if stage.num_gpus else {"num_cpus": stage.num_cpus}
     return dataset.map_batches(
         _Actor,
         fn_constructor_args=(stage, job),

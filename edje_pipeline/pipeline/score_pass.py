@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,8 @@ class Workers:
         """Ray actors to use; 0: this process, which fills one GPU or a few cores by itself."""
         if self.num_workers is not None:
             return self.num_workers
+        if ":" in device:  # one GPU by its number
+            return 0
         if device.startswith("cuda"):
             import torch
 
@@ -73,10 +75,12 @@ def run_pass(
     todo = [unit for unit in range(info.num_units) if unit not in journal.receipts]
     num_workers = workers.choose(info.num_pairs, spec.device)
     threads = workers.num_threads or (CPUS_A_WORKER if num_workers else available_cpus())
-    spec = replace(spec, run_dir=journal.run_dir.uri, num_threads=threads)
+    # An actor sees the one GPU that ray gave it, as number 0.
+    device = spec.device.partition(":")[0] if num_workers else spec.device
+    spec = replace(spec, run_dir=journal.run_dir.uri, num_threads=threads, device=device)
     receipts: Iterable[ScoreReceipt] = ()
     if todo and num_workers == 0:
-        receipts = UnitScorer(spec, index=index).run(todo)
+        receipts = run_here(spec, index, todo)
     elif todo:
         from edje_pipeline.pipeline.score_ray import run_actors
 
@@ -92,3 +96,14 @@ def run_pass(
         total.update(receipt.stats)
     peaks = [receipt.stats.get(PEAK_BYTES, 0.0) for receipt in journal.receipts.values()]
     return PassResult(num_workers, new_pairs, {**total, PEAK_BYTES: max(peaks, default=0.0)})
+
+
+def run_here(spec: WorkerSpec, index: Index, units: Sequence[int]) -> Iterator[ScoreReceipt]:
+    """In this process, whose number of torch threads is the caller's again afterwards."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield from UnitScorer(spec, index=index).run(units)
+    finally:
+        torch.set_num_threads(threads)

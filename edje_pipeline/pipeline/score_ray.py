@@ -31,7 +31,8 @@ class ScoreActor:
             with self._reading:
                 loaded = self._scorer.read(unit)
             with self._computing:
-                logits = self._scorer.compute(loaded)
+                self._scorer.launch(loaded)
+            logits = self._scorer.compute(loaded)  # a GPU is given the next unit before this one is fetched
             receipt = self._scorer.write(loaded, logits)
             yield pa.table({"receipt": [json.dumps(asdict(receipt))]}, RECEIPT_SCHEMA)
 

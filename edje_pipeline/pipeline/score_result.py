@@ -66,7 +66,9 @@ class ScoreResult:
         """Peaks; a worker in this process is the driver."""
         peaks = [("driver", self.manifest.get("driver_peak_bytes", 0))]
         if self.manifest["num_workers"]:
-            peaks.append((f"largest of {self.manifest['num_workers']} workers", self.manifest["stats"].get("peak_bytes", 0)))
+            peaks.append(
+                (f"largest of {self.manifest['num_workers']} workers", self.manifest["stats"].get("peak_bytes", 0))
+            )
         return "peak " + ", ".join(f"{name} {format_bytes(size)}" for name, size in peaks)
 
     def to_text(self) -> str:

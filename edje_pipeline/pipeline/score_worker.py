@@ -20,6 +20,7 @@ from edje_pipeline.pipeline.metrics import peak_rss_bytes
 from edje_pipeline.pipeline.score_journal import ScoreReceipt
 from edje_pipeline.pipeline.score_plan import read_plan_table, read_texts
 from edje_pipeline.pipeline.score_rank import PART_SCHEMA
+from edje_pipeline.pipeline.threads import dump_stacks_if_asked
 from edje_pipeline.storage.faults import crash_point
 from edje_pipeline.storage.location import Location
 from edje_pipeline.storage.parquet_io import write_parquet
@@ -79,6 +80,7 @@ class UnitScorer:
         from edje_pipeline.reranker import open_scorer
         from edje_pipeline.storage.index import Index
 
+        dump_stacks_if_asked()
         torch.set_num_threads(spec.num_threads)
         self._index = index if index is not None else Index.open(spec.index, snapshot=spec.snapshot)
         self._scorer = (

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from edje_pipeline.pipeline.job import Job
 from edje_pipeline.pipeline.metrics import collect_metrics, peak_rss_bytes, with_metrics
-from edje_pipeline.pipeline.threads import let_threads_sleep
+from edje_pipeline.pipeline.threads import dump_stacks_if_asked, let_threads_sleep
 from edje_pipeline.storage.faults import crash_point
 from edje_pipeline.storage.plan import read_unit
 from edje_pipeline.storage.schema import REJECT_SCHEMA, shard_schema
@@ -129,6 +129,10 @@ class EncodeWorker:
 
     def __init__(self, job: Job) -> None:
         self._encoder, self._image_size = make_encoder(job), _image_size(job)
+        if job.compile_model:
+            # Here, not under the first images: what cannot be compiled fails at the start, and the summary counts
+            # compiling as start-up. Two micro-batches, because the second is the first to be handed on.
+            self._encoder.encode(np.zeros((2 * job.batch_size, *self._image_size, 3), np.uint8))
         self._ended = time.perf_counter()
         self._num_inside, self._counting = 0, threading.Lock()
 
@@ -171,6 +175,7 @@ def _image_size(job: Job) -> tuple[int, int]:
 def make_encoder(job: Job, *, with_backbone: bool = True) -> Any:
     """The `Encoder` of a job, with the thread count and the models it names."""
     let_threads_sleep()
+    dump_stacks_if_asked()
     import torch
 
     from edje_pipeline.models.checkpoint import open_model

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from edje_pipeline.errors import ConfigError, DeviceError, ShapeMismatchError
+from edje_pipeline.models.backbone import Backbone
 from edje_pipeline.models.cpu_linear import with_frozen_linears
+from edje_pipeline.stages.side_by_side import SideBySide
 from edje_pipeline.storage.arrow import fixed_binary_from_numpy, numpy_from_fixed_binary
 from edje_pipeline.storage.codecs.base import Codec
 from edje_pipeline.storage.schema import RejectReason, RejectStage, token_batch_schema
@@ -130,8 +132,13 @@ class Encoder:
         self._uploads: Any = None
         if self.device.type == "cuda":
             self._uploads = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        # What is compiled is compiled for all of torch's threads.
+        on_cpu = self.device.type == "cpu" and not compile_model
+        self._side_by_side = SideBySide(torch.get_num_threads()) if on_cpu else None
         self._forward: Callable[[Tensor], tuple[Tensor, Tensor | None, Tensor]] = self._forward_plain
         if compile_model:
+            if isinstance(self._backbone, Backbone):
+                self._backbone.place_constants(self.device)
             self._forward = torch.compile(self._forward_plain, dynamic=False)
 
     # -- the models ---------------------------------------------------------------------------------
@@ -178,10 +185,22 @@ class Encoder:
             # One caller at a time feeds the device. It lets the next one in before its last micro-batches are
             # done, so that the device finds work while this one's results are fetched and packed.
             with self._launching:
-                self._launch_all(inputs, pending, outputs)
+                if self._side_by_side is not None:
+                    self._run_side_by_side(inputs, outputs)
+                else:
+                    self._launch_all(inputs, pending, outputs)
             while pending:
                 self._finish(pending.popleft(), outputs)
         return outputs
+
+    def _run_side_by_side(self, inputs: np.ndarray, outputs: EncodedImages) -> None:
+        assert self._side_by_side is not None
+        size = self.micro_batch_size
+
+        def work(number: int) -> None:
+            self._finish(self._launch(inputs, number * size, size), outputs)
+
+        self._side_by_side.run(work, -(-len(inputs) // size))
 
     def _launch_all(self, inputs: np.ndarray, pending: deque[_Pending], outputs: EncodedImages) -> None:
         start = 0
@@ -221,7 +240,7 @@ class Encoder:
             pending.embedding = _to_host(embedding) if embedding is not None else None
             pending.is_finite = _to_host(is_finite)
             pending.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            pending.ready.record()
+            pending.ready.record(torch.cuda.current_stream(self.device))
         return pending
 
     def _upload(self, batch: Tensor) -> Tensor:

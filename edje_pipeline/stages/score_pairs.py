@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -27,9 +28,11 @@ from edje_pipeline.models.dequantize import dequantizer
 from edje_pipeline.models.gpu_encoder import gpu_encoder
 from edje_pipeline.models.joint_encoder import JointEncoder
 from edje_pipeline.stages.length_graphs import LengthGraphs
+from edje_pipeline.stages.side_by_side import SideBySide
 from edje_pipeline.storage.codecs import Codec
 
 PRECISIONS = ("float32", "bfloat16", "int8")
+BatchSizes = Literal["even", "full", "powers"]
 KERNELS = ("torch", "own")
 """Layers on a GPU: PyTorch's, or those of `models.gpu_encoder`, an experiment."""
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131_072}
@@ -77,19 +80,19 @@ class TextTokens:
 
 
 def length_batches(
-    lengths: np.ndarray, max_tokens: int, num_image_tokens: int, *, few_sizes: bool = False
+    lengths: np.ndarray, max_tokens: int, num_image_tokens: int, *, sizes: BatchSizes = "even"
 ) -> Iterator[tuple[int, int, int]]:
     """Cuts pairs that are sorted by text length into batches of one length.
 
-    A length's pairs are spread evenly over as few batches as the limit allows: 33 pairs at a limit
-    of 32 become 17 and 16, not 32 and 1.
+    A length's pairs are cut into as few batches as the limit allows, or somewhat more with `powers`.
 
     Args:
         lengths: int (n,), ascending.
         max_tokens: of one batch, text and image tokens together; one pair always fits.
         num_image_tokens: M.
-        few_sizes: full batches, then powers of two. oneDNN compiles and keeps code for every shape it meets:
-            half a gigabyte with every size a run can have.
+        sizes: `even`: 33 pairs at a limit of 32 become 17 and 16. `full`: 32 and 1; for a GPU, which replays recorded
+            passes of full batches and would fill up smaller ones. `powers`: full batches, then powers of two; for
+            oneDNN, which compiles and keeps code for every shape it meets: half a gigabyte with every size there is.
 
     Yields:
         (start, stop, length)
@@ -101,10 +104,12 @@ def length_batches(
     for first, last in zip(starts.tolist(), stops.tolist(), strict=True):
         length = int(lengths[first])
         most = max(1, max_tokens // (length + num_image_tokens + 1))
-        if few_sizes:
+        if sizes == "powers":
             num_full, rest = divmod(last - first, most)
-            sizes = [most] * num_full + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
-            edges = [first, *(first + np.cumsum(sizes)).tolist()]
+            counts = [most] * num_full + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+            edges = [first, *(first + np.cumsum(counts)).tolist()]
+        elif sizes == "full":
+            edges = [*range(first, last, most), last]
         else:
             num_batches = -(-(last - first) // most)
             edges = np.linspace(first, last, num_batches + 1).astype(np.int64).tolist()
@@ -198,7 +203,12 @@ class PairScorer:
         kernels: str = "torch",
         use_graphs: bool = True,
     ) -> None:
-        """Args: kernels: see `KERNELS`. use_graphs: on a GPU, replay a recorded pass for lengths that come often."""
+        """On a CPU as many batches are computed side by side as torch may use threads when this is made.
+
+        Args:
+            kernels: see `KERNELS`.
+            use_graphs: on a GPU, replay a recorded pass for lengths that come often.
+        """
         self.device = device if isinstance(device, torch.device) else resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
@@ -209,10 +219,17 @@ class PairScorer:
         self.dequantize = dequantizer(codec, self.device, dtype=self.dtype)
         default = INT8_BATCH_TOKENS if self.precision == "int8" else BATCH_TOKENS[self.device.type]
         self.batch_tokens = batch_tokens or default
+        self._side_by_side = SideBySide(torch.get_num_threads() if self.device.type == "cpu" and not compiled else 1)
         self._graphs: LengthGraphs | None = None
         if self.device.type == "cuda" and use_graphs:
             self._graphs = LengthGraphs(
-                self.encoder.forward_dense, codec.num_tokens, codec.dim, self.dtype, self.device, self.batch_tokens
+                self.encoder.forward_dense,
+                codec.num_tokens,
+                codec.dim,
+                self.dtype,
+                self.device,
+                self.batch_tokens,
+                compiled=compiled,
             )
 
     def score(
@@ -231,16 +248,26 @@ class PairScorer:
         """
         return self.launch(payloads, image_index, texts, text_index).result()
 
-    @torch.inference_mode()
     def launch(
         self, payloads: np.ndarray, image_index: np.ndarray, texts: TextTokens, text_index: np.ndarray
     ) -> PendingScores:
         """As `score`, without waiting for a GPU: it works through its queue while the caller does other things."""
+        # Streams and events are those of the current device, which is the first one unless it is said otherwise.
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with torch.inference_mode(), on_device:
+            return self._launch(payloads, image_index, texts, text_index)
+
+    def _launch(
+        self, payloads: np.ndarray, image_index: np.ndarray, texts: TextTokens, text_index: np.ndarray
+    ) -> PendingScores:
         lengths = texts.lengths[text_index]
         order = np.lexsort((image_index, lengths))
         batches = list(
             length_batches(
-                lengths[order], self.batch_tokens, self.codec.num_tokens, few_sizes=self.device.type == "cpu"
+                lengths[order],
+                self.batch_tokens,
+                self.codec.num_tokens,
+                sizes="powers" if self.device.type == "cpu" else "full",
             )
         )
         images = image_index[order].astype(np.int64)
@@ -250,17 +277,20 @@ class PairScorer:
         all_ids = self._upload(np.concatenate([np.empty(0, np.int64), *parts]))
         all_used, all_which, stored = self._upload(used), self._upload(which), self._upload(payloads)
         logits = torch.empty(len(order), dtype=torch.float32, device=self.device)
-        first_id = 0
-        for (start, stop, length), first, last in zip(batches, edges[:-1], edges[1:], strict=True):
-            end_id = first_id + (stop - start) * length
-            input_ids = all_ids[first_id:end_id].view(stop - start, length)
-            first_id = end_id
+        first_ids = np.cumsum([0, *((stop - start) * length for start, stop, length in batches)]).tolist()
+
+        def run(number: int) -> None:
+            start, stop, length = batches[number]
+            first, last = edges[number], edges[number + 1]
+            input_ids = all_ids[first_ids[number] : first_ids[number + 1]].view(stop - start, length)
             image_tokens = self.dequantize(stored.index_select(0, all_used[first:last]))
             shared = all_which[start:stop] if last - first < stop - start else None
             if self._graphs is not None:
                 self._graphs.forward_into(logits[start:stop], input_ids, image_tokens, shared)
             else:
                 logits[start:stop] = self.encoder.forward_dense(input_ids, image_tokens, shared).float()
+
+        self._side_by_side.run(run, len(batches))
         return PendingScores(order, logits)
 
     def _upload(self, array: np.ndarray) -> Tensor:
@@ -280,7 +310,7 @@ class PendingScores:
             self._host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
             self._host.copy_(logits, non_blocking=True)
             self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(logits.device))
 
     def result(self) -> np.ndarray:
         """float32 (n,), in the order of the pairs; waits until they are there."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 from edje_pipeline.models.checkpoint import ModelDirectory
 from edje_pipeline.models.random_model import write_random_model
@@ -46,6 +49,15 @@ def tokens_of(model: ModelDirectory, **options: object) -> tuple[np.ndarray, np.
 
 def relative_error(values: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(values - reference) / np.linalg.norm(reference))
+
+
+@pytest.mark.slow
+def test_the_encoder_is_compiled_once(model: ModelDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CompileCounter()
+    # A backend that only counts traces as any other: it needs no compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    tokens_of(model, precision="float32", compile_model=True)  # three micro-batches
+    assert counter.frame_count == 1
 
 
 def test_auto_is_float32_on_a_cpu(model: ModelDirectory) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from edje_pipeline.pipeline import workers
+from edje_pipeline.pipeline import threads, workers
 from edje_pipeline.stages import encode
 from edje_pipeline.stages.encode import Encoder
 from edje_pipeline.storage.codecs import Float16Codec
@@ -67,6 +70,7 @@ def test_one_forward_pass_at_a_time_and_packing_beside_it() -> None:
     backbone = SlowBackbone()
     codec = SlowCodec(backbone.gauge)
     encoder = Encoder(backbone=backbone, adapter=None, codec=codec, embedding_dim=0, micro_batch_size=4)
+    encoder._side_by_side = None  # as on a GPU
     pixels = np.random.default_rng(0).integers(0, 255, (8, 6, 4, 4, 3), dtype=np.uint8)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(encoder.encode, pixels))
@@ -75,6 +79,43 @@ def test_one_forward_pass_at_a_time_and_packing_beside_it() -> None:
     for one, encoded in zip(pixels, found, strict=True):
         want = one.reshape(6, -1)[:, :32].reshape(6, 4, 8).astype(np.float16)
         np.testing.assert_array_equal(codec.decode(encoded.payload), want)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_micro_batches_side_by_side_on_a_cpu(num_threads: int) -> None:
+    """Two callers, as ray's two threads: no more forward passes at once than torch may use threads."""
+    backbone, before = SlowBackbone(), torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        encoder = Encoder(
+            backbone=backbone, adapter=None, codec=Float16Codec(4, 8), embedding_dim=0, micro_batch_size=4
+        )
+        pixels = np.random.default_rng(0).integers(0, 255, (4, 23, 4, 4, 3), dtype=np.uint8)
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(encoder.encode, pixels))
+        assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
+    assert backbone.gauge.most == num_threads
+    for one, encoded in zip(pixels, found, strict=True):
+        want = one.reshape(23, -1)[:, :32].reshape(23, 4, 8).astype(np.float16)
+        np.testing.assert_array_equal(Float16Codec(4, 8).decode(encoded.payload), want)
+
+
+def test_stacks_are_written_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads.dump_stacks_if_asked()
+    monkeypatch.setenv("EDJE_STACKS_DIR", str(tmp_path / "stacks"))
+    monkeypatch.setattr(threads, "STACKS_EVERY_S", 0.05)
+    try:
+        threads.dump_stacks_if_asked()
+        deadline = time.monotonic() + 10
+        while "test_stacks_are_written_when_asked" not in "".join(
+            path.read_text() for path in (tmp_path / "stacks").iterdir()
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def test_seconds_of_tables_that_overlap_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +130,7 @@ def test_seconds_of_tables_that_overlap_count_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(workers, "make_encoder", lambda job: None)
     monkeypatch.setattr(workers, "_image_size", lambda job: (1, 1))
     started = time.perf_counter()
-    worker = workers.EncodeWorker(None)  # type: ignore[arg-type]
+    worker = workers.EncodeWorker(SimpleNamespace(compile_model=False))  # type: ignore[arg-type]
     table = pa.table({"row": [1, 2]})
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda _: next(worker(table)), range(8)))

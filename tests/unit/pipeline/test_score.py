@@ -21,6 +21,7 @@ from edje_pipeline.errors import (
 from edje_pipeline.models.random_model import write_random_model
 from edje_pipeline.pipeline import score as score_module
 from edje_pipeline.pipeline.score import ScoreConfig, run_score
+from edje_pipeline.pipeline.score_pass import Workers
 from edje_pipeline.pipeline.score_worker import UnitScorer
 from edje_pipeline.storage.index import Index
 from edje_pipeline.storage.location import Location
@@ -365,6 +366,12 @@ def test_result_as_dict_is_json(tmp_path: Path, score_index: Index, score_pairs:
 def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         ScoreConfig(index="i", queries="q", candidates="c", out="o", **options)  # type: ignore[arg-type]
+
+
+def test_one_gpu_by_its_number_is_scored_on_in_this_process() -> None:
+    assert Workers().choose(10**9, "cuda:1") == 0
+    assert Workers(num_workers=2).choose(10, "cuda:1") == 2
+    assert Workers().choose(10, "cpu") == 0
 
 
 def test_own_kernels_are_refused_on_a_cpu(

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from edje_pipeline.stages.length_graphs import MAX_GRAPHS, RECORD_AFTER, LengthGraphs
 
@@ -39,6 +40,7 @@ def make(kind: type[LengthGraphs], device: torch.device = CPU) -> LengthGraphs:
     return kind(toy_forward, NUM_TOKENS, WIDTH, torch.float32, device, BATCH_TOKENS)
 
 
+@torch.inference_mode()
 def run_batches(graphs: LengthGraphs, length: int, count: int, device: torch.device = CPU) -> None:
     """Batches of a length, of full and nearly full size, with and without shared images, against the plain pass."""
     most = BATCH_TOKENS // (length + NUM_TOKENS + 1)
@@ -60,6 +62,17 @@ def test_replays_give_what_the_plain_pass_gives() -> None:
             run_batches(graphs, length, RECORD_AFTER + 4)
     assert graphs.num_recorded == 3
     assert all(graph.num_replays > RECORD_AFTER for graph in graphs._graphs.values())  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_plain_and_recorded_passes_are_compiled_as_one_form() -> None:
+    counter = CompileCounter()
+    compiled = torch.compile(toy_forward, backend=counter, dynamic=True)
+    graphs = CpuGraphs(compiled, NUM_TOKENS, WIDTH, torch.float32, CPU, BATCH_TOKENS, compiled=True)
+    for length in (4, 5, 3):
+        run_batches(graphs, length, RECORD_AFTER + 2)
+    assert graphs.num_recorded == 3
+    assert counter.frame_count == 1
 
 
 def test_small_batches_are_not_replayed() -> None:

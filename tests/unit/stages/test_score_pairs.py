@@ -75,14 +75,19 @@ def test_length_batches(lengths: list[int], max_tokens: int, expected: list[tupl
 
 
 def test_length_batches_of_few_sizes() -> None:
-    cut = list(length_batches(np.array([3] * 11 + [5] * 8), 32, 4, few_sizes=True))  # 4 and 3 a batch
+    cut = list(length_batches(np.array([3] * 11 + [5] * 8), 32, 4, sizes="powers"))  # 4 and 3 a batch
     assert cut == [(0, 4, 3), (4, 8, 3), (8, 10, 3), (10, 11, 3), (11, 14, 5), (14, 17, 5), (17, 19, 5)]
     sizes = {
         stop - start
         for number in range(1, 500)
-        for start, stop, _ in length_batches(np.full(number, 3), 2048, 4, few_sizes=True)
+        for start, stop, _ in length_batches(np.full(number, 3), 2048, 4, sizes="powers")
     }
     assert sizes == {256, 128, 64, 32, 16, 8, 4, 2, 1}  # whatever the number of pairs
+
+
+def test_length_batches_of_full_size() -> None:
+    cut = list(length_batches(np.array([3] * 11 + [5] * 6), 32, 4, sizes="full"))  # 4 and 3 a batch
+    assert cut == [(0, 4, 3), (4, 8, 3), (8, 11, 3), (11, 14, 5), (14, 17, 5)]
 
 
 def test_precision_follows_the_device() -> None:
