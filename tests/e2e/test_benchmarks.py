@@ -40,6 +40,19 @@ def test_gpu_plan_of_extraction_runs_on_a_cpu(tmp_path: Path) -> None:
     assert "256 listed = 256 accepted" in text
 
 
+@pytest.mark.slow
+def test_gpu_plan_of_scoring_keeps_what_it_has_when_its_time_is_over(tmp_path: Path) -> None:
+    out = tmp_path / "result.md"
+    arguments = ("--device", "cpu", "--tiny", "--rounds", "1", "--limit-s", "0", "--out", str(out))
+    printed = run_module("gpu_plan_score", *arguments)
+    assert "the limit of 0 s is reached" in printed
+    text = out.read_text()
+    assert text.startswith("# GPU plan: scoring, cut off, ")
+    (row,) = [line for line in text.splitlines() if line.startswith("| 49 kB ")]
+    assert "captions" in row
+    assert "The bare encoder" not in text
+
+
 def test_every_program_of_make_bench_exists_and_has_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     for program in PROGRAMS:
         assert importlib.util.find_spec(f"benchmarks.{program.module}") is not None, program.module
