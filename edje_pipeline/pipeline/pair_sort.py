@@ -2,13 +2,13 @@
 
 An external merge sort: pairs are collected up to a limit, sorted, and stored as a *run*. At the end
 every run gives its part of one range of row groups after the other. Ranges are cut where the pairs
-counted so far reach the limit, so a popular shard makes ranges narrow, never large. Below the limit
-nothing touches the disk.
+counted so far reach the limit, so a popular shard makes ranges narrow, never large; a row group with
+several times the limit, as in a small index that many queries name, is cut by its rows. Below the
+limit nothing touches the disk.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -100,18 +100,27 @@ class PairSorter:
         self._num_kept += pairs.num_rows
 
     def ranges(self) -> Iterator[tuple[pa.Table, np.ndarray]]:
-        """What `sort_pairs` gives, for one range of whole row groups after the other; at least one range."""
+        """What `sort_pairs` gives, for one range of the index after the other; at least one range."""
         if not self._runs:
             yield sort_pairs(pa.concat_tables([PAIR_SCHEMA.empty_table(), *self._kept]), self._geometry)
             return
         self._store_run()
-        before = np.cumsum(self._pairs_of_group) - self._pairs_of_group
-        first_groups = np.flatnonzero(np.diff(before // self._memory_pairs, prepend=-1))
-        for _, end in itertools.pairwise([*first_groups.tolist(), len(before)]):
-            end_place = self._geometry.place_of_group(end)
+        for end_place in self._range_ends():
             # In the order of the runs, which is that of the file: of equal pairs the first one is kept.
             parts = [run.take_before(end_place, self._geometry) for run in self._runs]
             yield sort_pairs(pa.concat_tables(parts), self._geometry)
+
+    def _range_ends(self) -> Iterator[int]:
+        """The place at which each range ends, ascending."""
+        counts, geometry = self._pairs_of_group, self._geometry
+        before = np.cumsum(counts) - counts
+        first_groups = np.flatnonzero(np.diff(before // self._memory_pairs, prepend=-1))
+        for end in [*first_groups[1:].tolist(), len(counts)]:
+            # A group of more than the limit is the last of its range: the one after it begins beyond a multiple.
+            num_cuts = int(counts[end - 1]) // (2 * self._memory_pairs)
+            start_place, end_place = geometry.place_of_group(end - 1), geometry.place_of_group(end)
+            inner = np.linspace(start_place, end_place, 2 * num_cuts + 1).astype(np.int64)[1:-1]
+            yield from sorted({*inner.tolist(), end_place})
 
     def remove_runs(self) -> None:
         """Deletes what was spilled."""
