@@ -55,7 +55,8 @@ CANDIDATE_SCHEMA = pa.schema(
 )
 LARGEST_UNIT = 8
 """A row group with more pairs than this many units is cut, and read once a piece."""
-FILE_ROWS = 65_536
+FILE_ROWS = 16_384
+"""Of a row group of the plan; texts are tokenized so many at a time."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,9 @@ def write_plan(
         InputFileError: no candidate, or candidates of queries that are not in the query file.
     """
     _write(plan_dir, "queries", [pa.table([queries.query_ids, queries.texts], QUERY_SCHEMA)], QUERY_SCHEMA)
-    tokens = pa.array([list(ids) for ids in tokenize(queries.distinct_texts)], TEXT_SCHEMA.field(0).type)
-    _write(plan_dir, "texts", [pa.table([tokens], TEXT_SCHEMA)], TEXT_SCHEMA)
+    texts = queries.distinct_texts
+    pieces = (texts[start : start + FILE_ROWS] for start in range(0, len(texts), FILE_ROWS))
+    _write(plan_dir, "texts", (_token_table(tokenize(piece)) for piece in pieces), TEXT_SCHEMA)
     geometry = Geometry.of(index)
     sorter = PairSorter(geometry, plan_dir.child("spill"), limits.memory_pairs)
     join = _Join(index, queries, sorter)
@@ -281,6 +283,10 @@ def read_texts(plan_dir: Location) -> tuple[np.ndarray, TextTokens]:
     texts = read_plan_table(plan_dir.child("queries.parquet")).column("text").to_numpy()
     tokens = _array(read_plan_table(plan_dir.child("texts.parquet")).column("tokens"), TEXT_SCHEMA.field(0).type)
     return texts, TextTokens(tokens.flatten().to_numpy(), tokens.offsets.to_numpy().astype(np.int64))
+
+
+def _token_table(lists: Sequence[Sequence[int]]) -> pa.Table:
+    return pa.table([pa.array([list(ids) for ids in lists], TEXT_SCHEMA.field(0).type)], TEXT_SCHEMA)
 
 
 def _write(

@@ -20,7 +20,7 @@ from edje_pipeline.stages import encode
 from edje_pipeline.stages.encode import Encoder
 from edje_pipeline.storage.codecs import Float16Codec
 
-PAUSE_S = 0.02
+PAUSE_S = 0.03
 
 
 class Gauge:
