@@ -30,8 +30,6 @@ from edje_pipeline.models.tensor_files import SAFETENSORS_SUFFIX, key_problems, 
 from edje_pipeline.models.text_sources import hf_text_spec, hf_text_tensors, pad_id_of
 from edje_pipeline.models.text_tower import TOKENIZER_KEY
 
-"""Masked language modelling and text-embedding recovery heads, under the authors' names."""
-
 FROZEN_FILE = "official_clip.safetensors"
 """`clip.*` tensors that the backbone and the text tower of the directory do not already hold."""
 
