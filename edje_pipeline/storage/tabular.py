@@ -24,6 +24,7 @@ from edje_pipeline.storage import compressed, files
 from edje_pipeline.storage.input_problems import Problems
 
 CHUNK_BYTES = 16 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_TABLE_BYTES = 16 << 30
 """Of text in memory at once. More is refused with the advice to split."""
 BATCH_ROWS = 8192
@@ -97,7 +98,7 @@ def iter_text_tables(uri: str, columns: Sequence[str], *, lines_as: str | None =
     name = files.shown(uri)
     with compressed.open_text_bytes(uri) as stream:
         head, whole = _peek(stream)
-        if not head.strip():
+        if not head.removeprefix(BYTE_ORDER_MARK).strip():
             raise InputFileError(f"{name} is empty; expected columns {', '.join(columns)}")
         kind = detect_format(uri, head, lines_as)
         if kind == "parquet":

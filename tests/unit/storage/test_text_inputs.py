@@ -74,6 +74,7 @@ def test_numeric_ids_become_text(tmp_path: Path) -> None:
         ("q.csv", "q1,a red apple\nq2,a dog\n", "is its header missing"),
         ("q.csv", "query_id,caption\nq1,x\n", "no column text"),
         ("q.csv", "", "is empty"),
+        ("q.jsonl", "\ufeff\n", "is empty"),
         ("q.csv", "query_id,text\n", "no record"),
         ("q.csv", "query_id,text\nq1,a\nq1,b\n", "query_id 'q1' repeated at row 1, row 2"),
         ("q.csv", "query_id,text\nq1,a,b\nq2,b\n", "wrong number of fields at line 2"),
