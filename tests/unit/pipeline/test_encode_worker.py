@@ -96,7 +96,7 @@ def test_micro_batches_side_by_side_on_a_cpu(num_threads: int) -> None:
         assert torch.get_num_threads() == num_threads
     finally:
         torch.set_num_threads(before)
-    assert backbone.gauge.most == num_threads
+    assert min(num_threads, 2) <= backbone.gauge.most <= num_threads
     for one, encoded in zip(pixels, found, strict=True):
         want = one.reshape(23, -1)[:, :32].reshape(23, 4, 8).astype(np.float16)
         np.testing.assert_array_equal(Float16Codec(4, 8).decode(encoded.payload), want)
