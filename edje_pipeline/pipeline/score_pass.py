@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RAY_MIN_PAIRS = 200_000
 """Below this many pairs starting Ray costs more than a second worker saves."""
 CPUS_A_WORKER = 4
-"""Intra-op threads of one CPU worker; more of them scale worse than more workers."""
+"""Threads of one CPU worker, which compute batches side by side; Python's own steps take turns among them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Workers:
         """Ray actors to use; 0: this process, which fills one GPU or a few cores by itself."""
         if self.num_workers is not None:
             return self.num_workers
-        if ":" in device:  # one GPU by its number
+        if ":" in device and self.ray_address is None:  # one GPU by its number
             return 0
         if device.startswith("cuda"):
             import torch

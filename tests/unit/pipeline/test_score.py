@@ -371,6 +371,7 @@ def test_bad_options(options: dict[str, object]) -> None:
 def test_one_gpu_by_its_number_is_scored_on_in_this_process() -> None:
     assert Workers().choose(10**9, "cuda:1") == 0
     assert Workers(num_workers=2).choose(10, "cuda:1") == 2
+    assert Workers(ray_address="auto").choose(10, "cuda:1") >= 1  # a cluster that was asked for is used
     assert Workers().choose(10, "cpu") == 0
 
 
